@@ -1,0 +1,266 @@
+"""The one description of an attention call: validation, fake shapes, dispatch, FLOP and byte counts.
+
+Everything that must agree about a call reads it from an :class:`AttentionSpec`: the backends decide
+on it whether they can run, the tests draw their cases from it, the benchmarks count its work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape4 = tuple[int, int, int, int]
+Window = tuple[int | None, int | None]
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: What an unbounded side of a window becomes in a kernel: larger than any sequence, small enough to add to.
+UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention call without its data.
+
+    With ``q (batch, heads_q, seqlen_q, head_dim_qk)``, ``k (batch, heads_k, seqlen_k, head_dim_qk)`` and
+    ``v (batch, heads_k, seqlen_k, head_dim_v)``, query head ``h`` reads key head ``h // group_size``, and key ``j``
+    is visible to query ``i`` iff ``i + offset - left <= j <= i + offset + right`` (None: unbounded), the boolean
+    mask is True there and the bias is not -inf there.
+    """
+
+    batch: int
+    heads_q: int
+    heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim_qk: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: str
+    softmax_scale: float
+    window: Window = (None, None)
+    offset: int = 0
+    mask: Shape4 | None = None  #: shape of the boolean mask, 1 where it is broadcast
+    bias: Shape4 | None = None  #: shape of the additive bias, 1 where it is broadcast
+    bias_dtype: torch.dtype | None = None
+    dropout_p: float = 0.0
+    needs_grad: bool = False
+    needs_bias_grad: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads_q // self.heads_k if self.heads_k else 1
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of scores, softmax and accumulation: float64 for float64 inputs, float32 for all others."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        return self.compute_dtype
+
+    @property
+    def is_empty(self) -> bool:
+        """No output element, or no key to attend to: nothing for a kernel to do."""
+        return 0 in (self.batch, self.heads_q, self.heads_k, self.seqlen_q, self.seqlen_k, self.head_dim_v)
+
+    @property
+    def restricts_visibility(self) -> bool:
+        """Whether some key may be invisible to some query."""
+        return self.window != (None, None) or self.mask is not None or self.bias is not None
+
+    def key_range(self, i: int) -> tuple[int, int]:
+        """The keys ``[lo, hi)`` that the window leaves to query ``i``; empty when ``lo >= hi``."""
+        left, right = self.window
+        lo = 0 if left is None else max(0, i + self.offset - left)
+        hi = self.seqlen_k if right is None else min(self.seqlen_k, i + self.offset + right + 1)
+        return lo, hi
+
+    def visible_pairs(self) -> int:
+        """(query, key) pairs inside the window, for one head of one batch entry; masks are not counted."""
+        if self.window == (None, None):
+            return self.seqlen_q * self.seqlen_k
+        ranges = (self.key_range(i) for i in range(self.seqlen_q))
+        return sum(max(0, hi - lo) for lo, hi in ranges)
+
+    def flops(self, direction: str = "forward") -> int:
+        """Floating-point operations of the products: 2 per multiply-add, visible pairs only.
+
+        forward: QKᵀ and PV. backward: dV, dP, dQ, dK and S once more, 2.5 times the forward when head dims are equal.
+        """
+        pairs = self.batch * self.heads_q * self.visible_pairs()
+        forward = 2 * pairs * (self.head_dim_qk + self.head_dim_v)
+        if direction == "forward":
+            return forward
+        backward = 2 * pairs * (3 * self.head_dim_qk + 2 * self.head_dim_v)
+        if direction == "backward":
+            return backward
+        if direction == "forward+backward":
+            return forward + backward
+        raise ValueError(f"direction must be 'forward', 'backward' or 'forward+backward', not {direction!r}")
+
+    def bytes(self, direction: str = "forward") -> int:
+        """The least memory traffic: every input read once, every output written once (without mask and bias)."""
+        size = torch.empty((), dtype=self.dtype, device="meta").element_size()
+        q = self.batch * self.heads_q * self.seqlen_q
+        k = self.batch * self.heads_k * self.seqlen_k
+        qo, kv = q * (self.head_dim_qk + self.head_dim_v) * size, k * (self.head_dim_qk + self.head_dim_v) * size
+        lse = q * (8 if self.dtype is torch.float64 else 4)
+        forward, backward = qo + kv + lse, 2 * (qo + kv) + q * self.head_dim_v * size + 2 * lse
+        match direction:
+            case "forward":
+                return forward
+            case "backward":
+                return backward
+            case "forward+backward":
+                return forward + backward
+        raise ValueError(f"direction must be 'forward', 'backward' or 'forward+backward', not {direction!r}")
+
+    def __str__(self) -> str:
+        heads = f"{self.heads_q}" if self.heads_q == self.heads_k else f"{self.heads_q}/{self.heads_k}"
+        dims = (
+            f"{self.head_dim_qk}" if self.head_dim_qk == self.head_dim_v else f"{self.head_dim_qk}/{self.head_dim_v}"
+        )
+        parts = [
+            f"batch {self.batch}, heads {heads}, queries {self.seqlen_q}, keys {self.seqlen_k}, head_dim {dims}",
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+        ]
+        if self.window == (None, 0):
+            parts.append(f"causal (offset {self.offset})")
+        elif self.window != (None, None):
+            parts.append(f"window {self.window} (offset {self.offset})")
+        if self.mask is not None:
+            parts.append(f"mask {self.mask}")
+        if self.bias is not None:
+            parts.append(f"bias {self.bias}{' with gradient' if self.needs_bias_grad else ''}")
+        if self.dropout_p:
+            parts.append(f"dropout {self.dropout_p}")
+        parts.append("forward and backward" if self.needs_grad or self.needs_bias_grad else "forward")
+        return ", ".join(parts)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise on what no backend accepts in ``query``, ``key``, ``value``: kind, type, device, rank.
+
+    Shapes are checked by :func:`check_shapes`, once all three are four-dimensional.
+    """
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_quantized:
+            kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
+    if q.dtype not in SUPPORTED_DTYPES or q.dtype != k.dtype or q.dtype != v.dtype:
+        got = f"query {q.dtype}, key {k.dtype}, value {v.dtype}".replace("torch.", "")
+        raise TypeError(f"query, key and value must share one dtype of {_names(SUPPORTED_DTYPES)}; got {got}")
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(
+            f"query, key and value must be on one device; got query {q.device}, key {k.device}, value {v.device}"
+        )
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if x.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions (..., seq, head_dim), got shape {tuple(x.shape)}")
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, gqa_hint: str | None = None) -> None:
+    """Raise unless three 4-D tensors fit together; ``gqa_hint`` is what to do about differing head counts.
+
+    With a hint, differing head counts are refused; without one, ``heads_q`` must be a multiple of ``heads_k``.
+    """
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"key and value must have the same sequence length; got {_shapes(q, k, v)}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"query and key must have the same head_dim; got {_shapes(q, k, v)}")
+    if q.shape[3] == 0:
+        raise ValueError(f"head_dim of query and key must be at least 1; got {_shapes(q, k, v)}")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"key and value must have the same number of heads; got {_shapes(q, k, v)}")
+    if q.shape[1] == k.shape[1]:
+        return
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of key heads; got {_shapes(q, k, v)}"
+        )
+    if gqa_hint is not None:
+        raise ValueError(f"query and key have different numbers of heads; {gqa_hint}. Got {_shapes(q, k, v)}")
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise unless the softmax scale is None or a finite number."""
+    if scale is None:
+        return
+    if isinstance(scale, Tensor) or isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"softmax scale must be a float or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax scale must be finite, got {scale}")
+
+
+def check_dropout(p: float) -> None:
+    """Raise unless the dropout probability lies in [0, 1]."""
+    if isinstance(p, Tensor) or isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {p}")
+
+
+def check_window(window: Window | None) -> None:
+    """Raise unless the window is None or a pair of None or non-negative integers."""
+    if window is None:
+        return
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
+    for side, width in zip(("left", "right"), window, strict=True):
+        if width is None:
+            continue
+        if isinstance(width, bool) or not isinstance(width, (int, torch.SymInt)):
+            raise TypeError(f"window's {side} width must be None or an int, got {width!r}")
+        if width < 0:
+            raise ValueError(f"window's {side} width must be None (unbounded) or at least 0, got {width}")
+
+
+def check_mask_like(name: str, x: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless ``x`` (a mask or bias) is dense, on the query's device, and broadcasts to ``expected``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_quantized:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the query's device {q.device}, got {x.device}")
+    fits = x.dim() <= len(expected)
+    if fits:
+        for have, want in zip(reversed(x.shape), reversed(expected), strict=False):
+            if have != want and have != 1:
+                fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {expected} (..., seq_q, seq_k), got shape {tuple(x.shape)}")
+
+
+def check_mask(mask: Tensor, q: Tensor, expected: tuple[int, ...], name: str = "mask") -> None:
+    """Raise unless ``mask`` is boolean and broadcasts to ``expected``."""
+    check_mask_like(name, mask, q, expected)
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"{name} must be boolean (True = may attend), got {mask.dtype}; an additive mask is a bias")
+
+
+def check_bias(bias: Tensor, q: Tensor, expected: tuple[int, ...], name: str = "bias") -> None:
+    """Raise unless ``bias`` is of a type the scores hold exactly and broadcasts to ``expected``."""
+    check_mask_like(name, bias, q, expected)
+    accepted = SUPPORTED_DTYPES if q.dtype is torch.float64 else SUPPORTED_DTYPES[:3]
+    if bias.dtype not in accepted:
+        raise TypeError(
+            f"{name} must be of dtype {_names(accepted)} when query is {str(q.dtype).removeprefix('torch.')}, "
+            f"got {str(bias.dtype).removeprefix('torch.')}"
+        )
