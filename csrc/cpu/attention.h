@@ -1,0 +1,14 @@
+// The CPU kernels' entry points: any strides, any of the four dtypes, results independent of the number of threads.
+#pragma once
+
+#include "../params.h"
+
+namespace fastattn::cpu {
+
+void attention_forward(const AttentionParams& params);   // writes out, lse
+void attention_backward(const AttentionParams& params);  // writes dq, dk, dv and, where wanted, dbias
+
+// "avx512", "avx2" or "portable": the best this processor runs, or FASTATTN_CPU_ISA from the environment.
+const char* instruction_set();
+
+}  // namespace fastattn::cpu

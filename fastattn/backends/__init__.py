@@ -1,0 +1,1 @@
+"""The kernels, one backend each; ``fastattn.dispatch`` chooses among them."""

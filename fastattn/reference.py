@@ -1,0 +1,172 @@
+"""Attention as the definition says it, in plain torch: the oracle that every kernel is held to.
+
+    attention(Q, K, V) = softmax(scale · Q Kᵀ + bias) V          Vaswani et al. 2017 (arXiv 1706.03762), eq. 1
+
+Written to be read, and to be right in float64; it holds the whole score matrix in memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import Window
+
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+_U32 = 0xFFFFFFFF
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four random 32-bit words, in int64, for each 128-bit counter.
+
+    Args:
+        c0, c1, c2, c3: counter words, int64 in [0, 2^32), broadcastable against one another.
+        seed: int64, one element; its low and high halves are the key.
+    """
+    k0, k1 = seed & _U32, (seed >> 32) & _U32
+    for _ in range(10):
+        p0, p1 = c0 * _PHILOX_M0, c2 * _PHILOX_M1  # wraps modulo 2^64: both halves are what they should be
+        c0, c1, c2, c3 = ((p1 >> 32) & _U32) ^ c1 ^ k0, p1 & _U32, ((p0 >> 32) & _U32) ^ c3 ^ k1, p0 & _U32
+        k0, k1 = (k0 + _PHILOX_W0) & _U32, (k1 + _PHILOX_W1) & _U32
+    return c0, c1, c2, c3
+
+
+def dropout_keep(batch: int, heads: int, seqlen_q: int, seqlen_k: int, p: float, seed: Tensor) -> Tensor:
+    """Which entries dropout keeps: bool ``(batch, heads, seqlen_q, seqlen_k)``, the same on every backend.
+
+    Entry ``(b, h, i, j)`` is dropped iff word ``j % 4`` of ``philox(j // 4, i, b·heads + h; seed)`` is below ``p·2³²``.
+    """
+    seed = seed.reshape(())
+    bh = torch.arange(batch * heads, device=seed.device).view(-1, 1, 1)
+    i = torch.arange(seqlen_q, device=seed.device).view(-1, 1)
+    j4 = torch.arange((seqlen_k + 3) // 4, device=seed.device)
+    words = torch.stack(torch.broadcast_tensors(*philox(j4, i, bh & _U32, bh >> 32, seed)), dim=-1)
+    return (words.flatten(-2)[..., :seqlen_k] >= int(p * 2**32)).view(batch, heads, seqlen_q, seqlen_k)
+
+
+def visible_keys(
+    seqlen_q: int,
+    seqlen_k: int,
+    window: Window = (None, None),
+    offset: int = 0,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Which keys each query sees: bool, broadcastable to ``(batch, heads, seqlen_q, seqlen_k)``.
+
+    Inside the window, True in the mask, and not -inf in the bias.
+    """
+    left, right = window
+    i = torch.arange(seqlen_q, device=device).view(-1, 1) + offset
+    j = torch.arange(seqlen_k, device=device)
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if left is not None:
+        visible = visible & (j >= i - left)
+    if right is not None:
+        visible = visible & (j <= i + right)
+    if mask is not None:
+        visible = visible & mask
+    if bias is not None:
+        visible = visible & (bias != -math.inf)
+    return visible
+
+
+def masked_matmul(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
+    """``a @ b`` for an ``a`` that is 0 where not ``visible``, in which an unseen row of ``b`` counts for nothing.
+
+    Only differs from ``a @ b`` when ``b`` holds inf or NaN: 0 · NaN is NaN, yet what is unseen must not be felt.
+    """
+    finite = b.isfinite()
+    if finite.all():
+        return a @ b
+    product = a @ torch.where(finite, b, 0)
+    seen = visible.to(a.dtype).expand(*a.shape[:-2], *visible.shape[-2:])
+    for value in (math.nan, math.inf, -math.inf):
+        holds = b.isnan() if math.isnan(value) else b == value
+        product = torch.where(seen @ holds.to(a.dtype) > 0, product + value, product)
+    return product
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """``(batch, heads_k, ...)`` as ``(batch, heads, ...)``: each head serves a group of consecutive query heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def scores(q: Tensor, k: Tensor, visible: Tensor, bias: Tensor | None, softmax_scale: float) -> Tensor:
+    """``scale · q kᵀ + bias``, -inf where not visible. ``k`` has as many heads as ``q``."""
+    s = (q @ k.transpose(-1, -2)) * softmax_scale
+    if bias is not None:
+        s = s + bias.to(s.dtype)
+    return torch.where(visible, s, -math.inf)
+
+
+def log_sum_exp(s: Tensor) -> Tensor:
+    """Natural logarithm of the sum of exponentials over the last dimension; -inf for a row of -inf, with gradient 0."""
+    if s.shape[-1] == 0:
+        return s.new_full(s.shape[:-1], -math.inf)
+    top = s.amax(-1, keepdim=True).detach()
+    top = torch.where(top == -math.inf, 0, top)
+    total = (s - top).exp().sum(-1)
+    nothing = total == 0
+    return torch.where(nothing, -math.inf, top.squeeze(-1) + torch.where(nothing, 1, total).log())
+
+
+def weights_from_lse(s: Tensor, lse: Tensor) -> Tensor:
+    """``exp(s - lse)``: the softmax of the scores; 0 in rows that see nothing."""
+    lse = torch.where(lse == -math.inf, 0, lse)
+    return (s - lse.unsqueeze(-1).to(s.dtype)).exp()
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    offset: int | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The naive implementation of :func:`fastattn.attention`: same arguments, same meaning, any order of derivative.
+
+    Computes in the dtype of its inputs, so that float64 inputs give the oracle and bfloat16 ones the error that plain
+    bfloat16 arithmetic makes. Memory O(seq_q · seq_k).
+
+    Args:
+        query: ``(batch, heads_q, seq_q, head_dim_qk)``, float16, bfloat16, float32 or float64.
+        key: ``(batch, heads_k, seq_k, head_dim_qk)``.
+        value: ``(batch, heads_k, seq_k, head_dim_v)``.
+        dropout_seed: int64, one element; needed when ``dropout_p`` > 0.
+
+    Returns:
+        ``(batch, heads_q, seq_q, head_dim_v)``, and with ``return_lse`` the log-sum-exp ``(batch, heads_q, seq_q)``.
+    """
+    batch, heads, seqlen_q, head_dim = query.shape
+    seqlen_k = key.shape[2]
+    left, right = window or (None, None)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    offset = seqlen_k - seqlen_q if offset is None else offset
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    k, v = repeat_heads(key, heads), repeat_heads(value, heads)
+    visible = visible_keys(seqlen_q, seqlen_k, (left, right), offset, mask, bias, query.device)
+
+    s = scores(query, k, visible, bias, scale)
+    lse = log_sum_exp(s)
+    p = weights_from_lse(s, lse)
+    if dropout_p:
+        if dropout_seed is None:
+            raise ValueError("dropout_p > 0 needs a dropout_seed, an int64 tensor of one element")
+        keep = dropout_keep(batch, heads, seqlen_q, seqlen_k, dropout_p, dropout_seed)
+        p = torch.where(keep, p / (1 - dropout_p), 0) if dropout_p < 1 else torch.zeros_like(p)
+    out = masked_matmul(p, v, visible)
+    return (out, lse) if return_lse else out
