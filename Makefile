@@ -1,0 +1,59 @@
+# make test | bench | lint        in a virtual environment of its own (.venv), made on the first call
+# make gpu                        on a machine where torch already sees a GPU: build, test, bench with that torch
+#
+# PYTHON=python3.12               the interpreter that the environment is made from
+# TORCH=2.11.0                    a torch other than the one pinned in constraints.txt
+# TEXT=book.txt                   text for the language-model benchmark
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu   is pip's own way to a CPU build of torch
+PYTHON ?= python3
+TORCH ?=
+TEXT ?=
+VENV ?= .venv
+# `make gpu` keeps to the packages that PYTHON already has.
+VENV_FLAGS ?=
+PYTEST_FLAGS ?= -q
+comma := ,
+EXTRAS := bench,test$(if $(filter installed,$(TORCH)),,$(comma)dev$(comma)triton)
+
+BIN := $(VENV)/bin
+# What is compiled or resolved anew when it changes; Python sources are not, the installation is editable.
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+# Another interpreter or another torch is another environment: the stamp's name tells them apart.
+STAMP := $(VENV)/installed-$(notdir $(PYTHON))-torch$(or $(TORCH),pinned)
+
+.PHONY: test bench lint gpu clean
+.DELETE_ON_ERROR:
+
+test: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(if $(TEXT),--text $(TEXT))
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# torch is the one that PYTHON has, with its own Triton; a second copy is never downloaded.
+gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
+	$(MAKE) VENV=.venv-gpu VENV_FLAGS=--system-site-packages TORCH=installed .venv-gpu/installed-$(notdir $(PYTHON))-torchinstalled
+	.venv-gpu/bin/python -m pytest $(PYTEST_FLAGS)
+	.venv-gpu/bin/python -m benchmarks $(if $(TEXT),--text $(TEXT))
+
+$(STAMP): $(BUILD_INPUTS)
+	test -e $(STAMP) || test ! -e $(VENV) || rm -rf $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	case "$(TORCH)" in \
+	  '') cp constraints.txt $(VENV)/constraints.txt ;; \
+	  installed) $(PYTHON) -c "import torch; print('torch==' + torch.__version__)" >$(VENV)/constraints.txt ;; \
+	  *) sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt >$(VENV)/constraints.txt ;; \
+	esac
+	$(BIN)/pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
+	  -e '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf build dist .venv .venv-gpu *.egg-info fastattn/_C.*.so

@@ -1,0 +1,84 @@
+"""Tiled C++ kernels for the CPU, compiled per instruction set and chosen at run time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.base import Gradients, empty_like_layout
+from fastattn.backends.native import DTYPE_CODES, backward_arguments, forward_arguments
+from fastattn.spec import AttentionSpec
+
+try:
+    from fastattn import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _IMPORT_ERROR: str | None = str(error)
+else:
+    _IMPORT_ERROR = None
+
+MAX_HEAD_DIM = 512
+
+
+class CpuBackend:
+    """float16, bfloat16 (both computed in float32), float32 and float64; head dimensions up to ``MAX_HEAD_DIM``."""
+
+    name = "cpu"
+
+    def unavailable_reason(self) -> str | None:
+        if _C is None:
+            return f"the compiled kernels are missing ({_IMPORT_ERROR}); reinstall where there is a C++ compiler"
+        return None
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        reasons = []
+        if torch.device(spec.device).type != "cpu":
+            reasons.append(f"device {spec.device}: this backend runs on the CPU")
+        if spec.dtype not in DTYPE_CODES:
+            reasons.append(f"dtype {spec.dtype}")
+        for name in ("head_dim_qk", "head_dim_v"):
+            if getattr(spec, name) > MAX_HEAD_DIM:
+                reasons.append(f"{name} {getattr(spec, name)}: at most {MAX_HEAD_DIM}")
+        return reasons
+
+    def configuration(self, spec: AttentionSpec) -> str:
+        return f"tiled C++ kernel, {_C.cpu_instruction_set()}, up to {torch.get_num_threads()} threads"
+
+    def forward(
+        self,
+        spec: AttentionSpec,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        dropout_seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out = empty_like_layout(q, spec.head_dim_v)
+        lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=spec.lse_dtype)
+        arguments = forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse)
+        _C.cpu_forward(*arguments, torch.get_num_threads())
+        return out, lse
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        dropout_seed: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> Gradients:
+        dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
+        dbias = torch.empty(bias.shape, dtype=bias.dtype) if spec.needs_bias_grad and bias is not None else None
+        _C.cpu_backward(
+            *forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse),
+            *backward_arguments(grad_out, grad_lse, dq, dk, dv, dbias),
+            torch.get_num_threads(),
+        )
+        return dq, dk, dv, dbias

@@ -1,0 +1,289 @@
+"""Build of ``fastattn._C``: CPU kernels always, CUDA kernels where a CUDA compiler is found. No torch is needed.
+
+Environment:
+    FASTATTN_CPU=0            no compiled code at all: Triton and reference kernels only
+    FASTATTN_CUDA=0 | 1       leave the CUDA kernels out, or fail without a CUDA compiler (default: build if found)
+    FASTATTN_CUDA_ARCHS       architectures, e.g. "80;90" (default: those of DEFAULT_CUDA_ARCHS that nvcc knows)
+    FASTATTN_SANITIZE         e.g. "address,undefined": host code with these sanitizers
+    FASTATTN_JOBS             parallel compilations (default: one per core)
+    CXX, CUDA_HOME            compilers
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHS = (80, 90, 100, 120)
+
+COMPILE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-pthread"]
+# No -ffast-math: NaN and infinity have meaning here. These two only drop errno and traps.
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+CPU_ISAS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One compilation: a source file, what is defined for it, and how its object is called."""
+
+    path: str
+    defines: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    @property
+    def object(self) -> str:
+        parts = [Path(self.path).with_suffix("").as_posix().removeprefix("csrc/").replace("/", "-")]
+        return "-".join(parts + [re.sub(r"\W", "", v) for v in self.defines.values()]) + ".o"
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.path.endswith(".cu")
+
+
+def cpu_sources() -> list[Source]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = CPU_ISAS if x86 else {"portable": []}
+    return [
+        Source("csrc/cpu/attention.cpp"),
+        Source("csrc/cpu/threads.cpp"),
+        *(
+            Source("csrc/cpu/kernels.cpp", {"FASTATTN_CPU_ISA": isa}, tuple(KERNEL_FLAGS + flags))
+            for isa, flags in isas.items()
+        ),
+    ]
+
+
+def cuda_sources() -> list[Source]:
+    return []
+    return [
+        Source("csrc/cuda/attention.cu"),
+        *(
+            Source(f"csrc/cuda/simt/{direction}.cu", {"FASTATTN_DTYPE": dtype, "FASTATTN_HEAD_DIM": str(head_dim)})
+            for direction in ("forward", "backward")
+            for dtype in ("Half", "BFloat16", "Float")
+            for head_dim in (64, 128, 256)
+        ),
+    ]
+
+
+def say(message: str) -> None:
+    print(f"fastattn: {message}", file=sys.stderr, flush=True)
+
+
+def find_cxx() -> list[str] | None:
+    """The C++ compiler as a command, or None."""
+    if platform.system() not in ("Linux", "Darwin"):
+        return None
+    for candidate in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        command = candidate.split()
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """A CUDA compiler, the folders with its libraries, and the architectures to build for."""
+
+    path: str
+    library_dirs: tuple[str, ...]
+    archs: tuple[str, ...]
+
+    def arch_flags(self) -> list[str]:
+        """Machine code for every architecture, and PTX of the lowest: that runs on all newer ones too."""
+        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        lowest = min(self.archs, key=lambda a: int(re.sub(r"\D", "", a)))
+        return [*flags, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
+
+
+def nvcc_candidates() -> list[Path]:
+    """Where a CUDA compiler may be: CUDA_HOME, PATH, the nvidia-cuda-nvcc package."""
+    found = []
+    if os.environ.get("CUDA_HOME"):
+        found.append(Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc")
+    if on_path := shutil.which("nvcc"):
+        found.append(Path(on_path))
+    # Build isolation hides the environment's packages from sys.path, not from sysconfig.
+    for site in dict.fromkeys([sysconfig.get_paths()["purelib"], *sys.path]):
+        found.extend(sorted(Path(site or ".").glob("nvidia/*/bin/nvcc")))
+    return [path for path in found if path.is_file()]
+
+
+def find_nvcc() -> Nvcc | None:
+    """The CUDA compiler to use, or None; raises where FASTATTN_CUDA=1 asks for one in vain."""
+    wanted = os.environ.get("FASTATTN_CUDA", "")
+    if wanted == "0" or not cuda_sources():
+        return None
+    candidates = nvcc_candidates()
+    if not candidates:
+        if wanted == "1":
+            raise SystemExit(
+                "fastattn: FASTATTN_CUDA=1, but no nvcc was found in CUDA_HOME/bin, on PATH or in the package "
+                "nvidia-cuda-nvcc; install one, or unset FASTATTN_CUDA to build without CUDA kernels"
+            )
+        return None
+    nvcc = str(candidates[0])
+    known = re.findall(r"compute_(\w+)", _output(nvcc, "--list-gpu-arch"))
+    asked = os.environ.get("FASTATTN_CUDA_ARCHS", "")
+    archs = [a for a in re.split(r"[;,\s]+", asked) if a] or [str(a) for a in DEFAULT_CUDA_ARCHS if str(a) in known]
+    if unknown := [a for a in archs if re.sub(r"[af]$", "", a) not in known]:
+        raise SystemExit(f"fastattn: {nvcc} cannot build for {', '.join(unknown)}; it knows {', '.join(known)}")
+    top = re.findall(r"^#\$ TOP=(.*)$", _output(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", "x.o"), re.M)
+    home = Path(top[-1] if top else Path(nvcc).parents[1])
+    libraries = [p for p in (home / "lib64", home / "lib", *home.glob("targets/*/lib")) if p.is_dir()]
+    return Nvcc(nvcc, tuple(str(p.resolve()) for p in libraries), tuple(archs))
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"fastattn: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def pybind11_include() -> Path:
+    """pybind11's headers, copied under build/: build isolation brings them in a folder that changes every time."""
+    import pybind11
+
+    target = ROOT / "build" / f"pybind11-{pybind11.__version__}"
+    if not target.exists():
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copytree(pybind11.get_include(), partial)
+        partial.rename(target)
+    return target
+
+
+# ptxas tells each kernel's registers and spills; all of it goes to a log beside the object, spills to the terminal.
+NINJA_RULES = """\
+rule cxx
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule nvcc
+  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ cat $out.log; exit 1; }}; $
+    grep -E -B2 '[1-9][0-9]* bytes spill' $out.log; grep -E '(warning|Warning)' $out.log; true
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule link
+  command = $cxx $in -o $out $flags
+  description = $out
+"""
+
+
+def ninja_file(cxx: list[str], nvcc: Nvcc | None, output: str) -> str:
+    """The text of build.ninja; paths are relative to the build folder, sources absolute."""
+    sanitize = [f"-fsanitize={s}" for s in (os.environ.get("FASTATTN_SANITIZE", ""),) if s]
+    include = f"-I{ROOT / 'csrc'}"
+    host = [*COMPILE_FLAGS, include, *sanitize, *(["-g", "-fno-omit-frame-pointer"] if sanitize else [])]
+    device = [include, "-O3", "-std=c++17", "-Xptxas=-v", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-pthread"]
+    bindings = [f"-isystem {pybind11_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
+    link = ["-shared", "-pthread", *sanitize]
+    if platform.system() == "Darwin":
+        link += ["-undefined dynamic_lookup"]
+    else:
+        link += ["-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"]
+    # Baseline code first: of an inline function that several objects have, the linker keeps the first one it sees,
+    # and that must not be one compiled for AVX-512.
+    sources = [Source("csrc/bindings.cpp"), *cpu_sources()]
+    if nvcc:
+        sources += cuda_sources()
+        device += nvcc.arch_flags()
+        bindings += ["-DFASTATTN_WITH_CUDA", f'-DFASTATTN_CUDA_ARCHS=\\"{",".join(nvcc.archs)}\\"']
+        link += [*(f"-L{d}" for d in nvcc.library_dirs), "-lcudart_static", "-ldl", "-lrt"]
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {' '.join(cxx)}",
+        f"nvcc = {nvcc.path if nvcc else ''}",
+        NINJA_RULES.format(),
+    ]
+    for source in sources:
+        defines = [f"-D{name}={value}" for name, value in source.defines.items()]
+        common = device if source.is_cuda else host
+        extra = bindings if source.path == "csrc/bindings.cpp" else []
+        lines += [
+            f"build {source.object}: {'nvcc' if source.is_cuda else 'cxx'} {ROOT / source.path}",
+            f"  flags = {' '.join([*common, *source.flags, *extra, *defines])}",
+        ]
+    lines += [
+        f"build {output}: link {' '.join(s.object for s in sources)}",
+        f"  flags = {' '.join(link)}",
+        f"default {output}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuildExt(build_ext):
+    """Builds the one extension with ninja, in a folder under build/ that is kept for the next build."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cxx, nvcc = find_cxx(), find_nvcc()
+        assert cxx is not None
+        say(f"CPU kernels with {' '.join(cxx)}; " + (
+            f"CUDA kernels for {', '.join(nvcc.archs)} with {nvcc.path}" if nvcc
+            else "no CUDA kernels (no CUDA compiler found, or FASTATTN_CUDA=0)"
+        ))  # fmt: skip
+        sanitize = os.environ.get("FASTATTN_SANITIZE", "").replace(",", "-")
+        folder = ROOT / "build" / "-".join(filter(None, ["ninja", sys.implementation.cache_tag, sanitize]))
+        target = Path(self.get_ext_fullpath(ext.name))
+        write_if_changed(folder / "build.ninja", ninja_file(cxx, nvcc, target.name))
+        jobs = ["-j", os.environ["FASTATTN_JOBS"]] if "FASTATTN_JOBS" in os.environ else []
+        subprocess.run([*ninja_command(), "-C", str(folder), *jobs], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / target.name, target)
+
+
+def ninja_command() -> list[str]:
+    try:
+        import ninja  # noqa: F401
+    except ImportError:
+        return ["ninja"]
+    return [sys.executable, "-m", "ninja"]
+
+
+class CleanBuildPy(build_py):
+    """Starts from an empty staging folder: what was left there by an earlier build would be installed too."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        elif not self.distribution.ext_modules:
+            for stale in (ROOT / "fastattn").glob("_C.*.so"):
+                stale.unlink()
+        super().run()
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("FASTATTN_CPU") == "0":
+        say("WARNING: FASTATTN_CPU=0: no compiled kernels; Triton and the reference remain")
+        return []
+    if find_cxx() is None:
+        say("WARNING: no C++ compiler was found: no compiled kernels; Triton and the reference remain")
+        return []
+    return [Extension("fastattn._C", sources=[])]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt, "build_py": CleanBuildPy})
