@@ -1,0 +1,1 @@
+"""Checks and measures fastattn against torch and a naive implementation: ``python -m benchmarks``."""

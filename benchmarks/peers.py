@@ -1,0 +1,248 @@
+"""What fastattn is put beside: the same call, module or transformer, computed by torch or the naive way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastattn
+from fastattn import dispatch, reference
+from fastattn.spec import AttentionSpec
+from fastattn.transformer import Transformer
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+INTERPRETED = "interpreted: not timed"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention call to be timed."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    causal: bool = False
+    heads_k: int | None = None
+    masked: bool = False  #: a boolean mask (batch, 1, 1, seqlen_k): padding that leaves 3/4 of the keys on average
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" if self.heads_k is None else f"{self.heads}/{self.heads_k}"
+        lengths = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q} on {self.seqlen_k}"
+        kind = "causal" if self.causal else "padded" if self.masked else "full"
+        return f"B{self.batch} H{heads} S{lengths} D{self.head_dim} {kind}"
+
+    def labels(self) -> dict[str, object]:
+        plain = self.heads_k is None and not self.masked and self.seqlen_q == self.seqlen_k
+        return {"seqlen": self.seqlen_k, "head_dim": self.head_dim, "causal": self.causal, "plain": plain}
+
+    def spec(self, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
+        return AttentionSpec(
+            batch=self.batch,
+            heads_q=self.heads,
+            heads_k=self.heads_k or self.heads,
+            seqlen_q=self.seqlen_q,
+            seqlen_k=self.seqlen_k,
+            head_dim_qk=self.head_dim,
+            head_dim_v=self.head_dim,
+            dtype=dtype,
+            device=device.type,
+            softmax_scale=self.head_dim**-0.5,
+            window=(None, 0) if self.causal else (None, None),
+            offset=self.seqlen_k - self.seqlen_q,
+            mask=(self.batch, 1, 1, self.seqlen_k) if self.masked else None,
+            needs_grad=True,
+        )
+
+    def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """Random ``q, k, v``, the mask or None, and a random output gradient."""
+        torch.manual_seed(self.seqlen_k)
+        heads_k = self.heads_k or self.heads
+        shapes = [(self.heads, self.seqlen_q), (heads_k, self.seqlen_k), (heads_k, self.seqlen_k)]
+        shapes.append((self.heads, self.seqlen_q))
+        q, k, v, grad = (torch.randn(self.batch, *s, self.head_dim, device=device).to(dtype) for s in shapes)
+        mask = None
+        if self.masked:
+            lengths = torch.linspace(self.seqlen_k / 2, self.seqlen_k, self.batch, device=device).long()
+            mask = (torch.arange(self.seqlen_k, device=device) < lengths[:, None])[:, None, None]
+        return q, k, v, mask, grad
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of what a case asks for; ``blank`` says why it is not run."""
+
+    name: str
+    attention: Attention | None = None
+    blank: str | None = None
+    backend: str | None = None  #: in a model: fastattn's module on that backend; None: torch's module
+
+
+def backend_names(device: torch.device) -> dict[str, str | None]:
+    """Every kernel backend (not the reference), with the reason why it is not timed on ``device``, or None."""
+    names: dict[str, str | None] = {}
+    for name, backend in dispatch.backends().items():
+        if name == "reference":
+            continue
+        reason = backend.unavailable_reason()
+        if reason is None and device.type == "cpu" and name == "triton":
+            reason = INTERPRETED
+        names[name] = f"unavailable: {reason}" if reason not in (None, INTERPRETED) else reason
+    return names
+
+
+def naive(causal: bool) -> Attention:
+    """Attention as the definition says it, whole score matrix in memory, in the dtype of its inputs."""
+    return lambda q, k, v, mask: reference.attention(q, k, v, mask=mask, causal=causal)
+
+
+def _ours(name: str, causal: bool) -> Attention:
+    return lambda q, k, v, mask: fastattn.attention(q, k, v, mask=mask, causal=causal, backend=name)
+
+
+def _sdpa(case: Case, kernel: nn.attention.SDPBackend | None = None) -> Attention:
+    """torch's fused attention; its causal mask is drawn from the top left, so causal cases have equal lengths."""
+    assert not case.causal or case.seqlen_q == case.seqlen_k
+    gqa = case.heads_k is not None
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal, enable_gqa=gqa)
+
+    def isolated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        with nn.attention.sdpa_kernel(kernel):
+            return call(q, k, v, mask)
+
+    return isolated if kernel is not None else call
+
+
+def _flex(case: Case, device: torch.device) -> Attention:
+    """torch's flex_attention, compiled, with a block mask built once outside the timed call."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = None
+    if case.causal:
+        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.seqlen_q, case.seqlen_k, device)
+    gqa = case.heads_k is not None
+    return lambda q, k, v, mask: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+
+
+def attention_contenders(case: Case, dtype: torch.dtype, device: torch.device) -> list[Contender]:
+    """fastattn's backends, torch's and the naive one, in the order of the table's columns."""
+    found: list[Contender] = []
+    spec = case.spec(dtype, device)
+    for name, reason in backend_names(device).items():
+        if reason is None:
+            reasons = dispatch.backends()[name].unsupported_reasons(spec)
+            reason = f"unsupported: {'; '.join(reasons)}" if reasons else None
+        found.append(Contender(f"fastattn {name}", _ours(name, case.causal), reason))
+    if device.type == "cpu":
+        found.append(Contender("torch sdpa", _sdpa(case)))
+    else:
+        kinds = nn.attention.SDPBackend
+        kernels = {"flash": kinds.FLASH_ATTENTION, "cudnn": kinds.CUDNN_ATTENTION}
+        kernels |= {"efficient": kinds.EFFICIENT_ATTENTION, "math": kinds.MATH}
+        found.append(Contender("torch sdpa", _sdpa(case)))
+        found += [Contender(f"torch sdpa {name}", _sdpa(case, kernel)) for name, kernel in kernels.items()]
+        if case.masked:
+            found.append(Contender("torch flex", None, "not set up for a padding mask"))
+        else:
+            found.append(Contender("torch flex", _flex(case, device)))
+    found.append(Contender("naive", naive(case.causal)))
+    return found
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A module or transformer to be timed: torch's, and fastattn's with the same parameters."""
+
+    suite: str
+    title: str
+    torch_name: str
+    shapes: tuple[tuple[int, ...], ...]  #: of the inputs; the output has the shape of the last
+    torch_model: Callable[[], nn.Module]
+    our_model: Callable[[nn.Module], nn.Module]
+    call_torch: Callable[..., Tensor]
+    call_ours: Callable[..., Tensor]
+
+
+def model_cases(suite: str, device: torch.device, quick: bool) -> list[ModelCase]:
+    large = device.type == "cuda"
+    batch, length, width, heads = (2, 64, 64, 2) if quick else (8, 2048, 1024, 16) if large else (4, 256, 256, 4)
+    if suite == "module":
+        return [_module_case(batch, length, width, heads, causal) for causal in (False, True)]
+    return [_transformer_case(batch, length, width, heads, layers=1 if quick else 4 if large else 2)]
+
+
+def _module_case(batch: int, length: int, width: int, heads: int, causal: bool) -> ModelCase:
+    """Self-attention. torch's module demands a mask beside ``is_causal``; fastattn's does not."""
+
+    def call_torch(model: nn.Module, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(length, x.device, x.dtype) if causal else None
+        out: Tensor = model(x, x, x, need_weights=False, attn_mask=mask, is_causal=causal)[0]
+        return out
+
+    def call_ours(model: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = model(x, x, x, need_weights=False, is_causal=causal)[0]
+        return out
+
+    return ModelCase(
+        suite="module",
+        title=f"B{batch} S{length} E{width} H{heads} {'causal' if causal else 'full'}",
+        torch_name="torch nn.MultiheadAttention",
+        shapes=((batch, length, width),),
+        torch_model=lambda: nn.MultiheadAttention(width, heads, batch_first=True),
+        our_model=lambda model: fastattn.MultiHeadAttention.from_torch(copy.deepcopy(model)),
+        call_torch=call_torch,
+        call_ours=call_ours,
+    )
+
+
+def _transformer_case(batch: int, length: int, width: int, heads: int, layers: int) -> ModelCase:
+    """Encoder and decoder, the decoder causal."""
+    arguments = {
+        "d_model": width,
+        "nhead": heads,
+        "num_encoder_layers": layers,
+        "num_decoder_layers": layers,
+        "dim_feedforward": 4 * width,
+        "batch_first": True,
+    }
+
+    def our_model(model: nn.Module) -> nn.Module:
+        ours = Transformer(**arguments).to(next(model.parameters()))
+        ours.load_state_dict(model.state_dict())
+        return ours.eval()
+
+    def call_torch(model: nn.Module, source: Tensor, target: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(length, source.device, source.dtype)
+        out: Tensor = model(source, target, tgt_mask=mask, tgt_is_causal=True)
+        return out
+
+    def call_ours(model: nn.Module, source: Tensor, target: Tensor) -> Tensor:
+        out: Tensor = model(source, target, tgt_is_causal=True)
+        return out
+
+    return ModelCase(
+        suite="transformer",
+        title=f"B{batch} S{length} E{width} H{heads} {layers}+{layers} layers",
+        torch_name="torch nn.Transformer",
+        shapes=((batch, length, width), (batch, length, width)),
+        torch_model=lambda: nn.Transformer(**arguments),
+        our_model=our_model,
+        call_torch=call_torch,
+        call_ours=call_ours,
+    )
+
+
+def model_contenders(case: ModelCase, device: torch.device) -> list[Contender]:
+    """fastattn's model on each backend, torch's, and fastattn's on the naive (reference) backend."""
+    ours = [Contender(f"fastattn {name}", blank=why, backend=name) for name, why in backend_names(device).items()]
+    return [*ours, Contender(case.torch_name), Contender("naive", backend="reference")]
