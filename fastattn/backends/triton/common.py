@@ -1,0 +1,158 @@
+"""What every kernel shares: tile loads, tile ranges of a window, scores, dropout, and sums that stay clean of NaN.
+
+Conventions of all kernels:
+
+- One program per tile on a one-dimensional grid; every program owns what it writes, so nothing is atomic and every
+  result is bitwise reproducible.
+- ``sizes = (heads_q, group_size, seqlen_q, seqlen_k, lo, hi)``; key j is inside the window iff lo <= j - i <= hi.
+- ``x_stride`` has four elements; offsets are 64-bit.
+- Scores are in base-2 units (multiplied by log2(e)) unless there is a bias: finfo.min * log2(e) is -inf.
+- ``F`` is a :class:`~fastattn.backends.triton.configs.Features`; a feature that is off costs nothing.
+- ``EDGE`` loops see tiles that reach over a sequence's end or the window's edge; the others do not look at indices.
+- ``CAREFUL`` loops keep 0 * NaN and 0 * inf of invisible entries out of the sums, see :func:`accumulate`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def load_tile(x, start, count, stride, BLOCK: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr, EDGE):
+    """Rows [start, start + BLOCK) of a matrix with COLS columns: (BLOCK, BLOCK_COLS), zero outside.
+
+    ``stride`` is (.., .., row, column). Without EDGE the rows are known to exist.
+    """
+    row = tl.arange(0, BLOCK)[:, None]
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    # One 64-bit product for the tile, the rest does not change from tile to tile.
+    pointers = x + tl.cast(start, tl.int64) * stride[2] + row.to(tl.int64) * stride[2] + col.to(tl.int64) * stride[3]
+    if EDGE:
+        return tl.load(pointers, mask=(row < count - start) & (col < COLS), other=0.0)
+    elif COLS != BLOCK_COLS:
+        return tl.load(pointers, mask=col < COLS, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(x, value, start, count, stride, BLOCK: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Writes what of a (BLOCK, BLOCK_COLS) tile lies inside the matrix, in the matrix's type."""
+    row = tl.arange(0, BLOCK)[:, None]
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    pointers = x + tl.cast(start, tl.int64) * stride[2] + row.to(tl.int64) * stride[2] + col.to(tl.int64) * stride[3]
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=(row < count - start) & (col < COLS))
+
+
+@triton.jit
+def window_tiles(
+    start, size, count, other_count, lo, hi, BLOCK: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr
+):
+    """Which of the others (keys, or queries) the rows [start, start + size) see: begin, full_begin, full_end, end.
+
+    A row i sees [i + lo, i + hi] of [0, other_count). Some row sees something in [begin, end) only, and in
+    [full_begin, full_end) every row sees everything. begin and full_* are multiples of BLOCK.
+    """
+    last = tl.minimum(start + size, count) - 1
+    begin = start * 0
+    full_begin = begin
+    end = begin + other_count
+    full_end = end
+    if HAS_LO:
+        begin = tl.maximum(start + lo, 0) // BLOCK * BLOCK
+        full_begin = (tl.maximum(last + lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+    if HAS_HI:
+        end = tl.minimum(end, tl.maximum(last + hi + 1, 0))
+        full_end = tl.minimum(end, tl.maximum(start + hi + 1, 0))
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def scores(qk, i, j, sizes, scale, mask, mask_stride, bias, bias_stride, F: tl.constexpr, EDGE: tl.constexpr):
+    """Scores (anything where invisible) and visibility, in the orientation of ``qk``.
+
+    ``i`` and ``j`` are query and key indices that broadcast to the tile; ``mask`` and ``bias`` point at their matrix
+    of this batch entry and head. Without EDGE, mask and bias everything that exists is visible.
+    """
+    s = qk * scale
+    inside = (i < sizes[2]) & (j < sizes[3])
+    visible = inside
+    if EDGE:
+        if F.HAS_LO:
+            visible &= j - i >= sizes[4]
+        if F.HAS_HI:
+            visible &= j - i <= sizes[5]
+    if F.MASK == "key":
+        seen = tl.load(mask + j.to(tl.int64) * mask_stride[3], mask=j < sizes[3], other=0)
+        visible &= seen != 0
+    elif F.MASK == "full":
+        pointers = mask + i.to(tl.int64) * mask_stride[2] + j.to(tl.int64) * mask_stride[3]
+        visible &= tl.load(pointers, mask=inside, other=0) != 0
+    if F.BIAS == "key":
+        b = tl.load(bias + j.to(tl.int64) * bias_stride[3], mask=j < sizes[3], other=0.0).to(tl.float32)
+        s += b
+        visible &= b != -INF
+    elif F.BIAS == "full":
+        pointers = bias + i.to(tl.int64) * bias_stride[2] + j.to(tl.int64) * bias_stride[3]
+        b = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        s += b
+        visible &= b != -INF
+    return s, visible
+
+
+@triton.jit
+def exponential(x, F: tl.constexpr):
+    """exp of a difference of scores."""
+    if F.BIAS != "none":
+        return tl.exp2(x * LOG2E)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def kept(seed, threshold, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which entries of a (BLOCK_M, BLOCK_N) tile survive dropout; start_n is a multiple of 4.
+
+    Philox4x32-10 with key ``seed`` and counter (j // 4, i, bh, 0); word j % 4 belongs to key j.
+    """
+    i = (start_m + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
+    quad = (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
+    zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.uint32)
+    bh = tl.cast(bh, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), zero + quad, zero + i, zero + bh, zero)
+    limit = tl.cast(threshold, tl.uint32, bitcast=True)
+    w0 = (w0 >= limit).to(tl.int8)
+    w1 = (w1 >= limit).to(tl.int8)
+    w2 = (w2 >= limit).to(tl.int8)
+    w3 = (w3 >= limit).to(tl.int8)
+    # join adds a last dimension: [.., a, b] holds word 2a + b.
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def accumulate(acc, weights, x, visible, F: tl.constexpr, CAREFUL: tl.constexpr):
+    """acc + weights @ x, with weights (M, N) zero where invisible and x (N, D).
+
+    CAREFUL: non-finite elements of x are taken out of the product and reach only the rows that see them; NaN is
+    added as +inf and -inf at once.
+    """
+    if CAREFUL:
+        seen = visible.to(x.dtype)
+        rises = ((x == INF) | (x != x)).to(x.dtype)
+        falls = ((x == -INF) | (x != x)).to(x.dtype)
+        acc += tl.where(tl.dot(seen, rises, input_precision=F.PRECISION) > 0.0, INF, 0.0)
+        acc += tl.where(tl.dot(seen, falls, input_precision=F.PRECISION) > 0.0, -INF, 0.0)
+        x = tl.where((x == x) & (tl.abs(x) != INF), x, 0.0).to(x.dtype)
+    return tl.dot(weights.to(x.dtype), x, acc, input_precision=F.PRECISION)
+
+
+@triton.jit
+def has_nonfinite(acc, start, count, BLOCK: tl.constexpr):
+    """Whether a row of the tile that exists holds NaN or inf."""
+    exists = (start + tl.arange(0, BLOCK) < count)[:, None]
+    broken = tl.where(exists & ((acc != acc) | (tl.abs(acc) == INF)), 1, 0)
+    return tl.max(tl.max(broken, 1), 0) != 0

@@ -1,0 +1,208 @@
+"""From a call to kernel launches: what is compiled, with which arguments, on which grid. Imports triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.backends.base import Gradients, empty_like_layout
+from fastattn.backends.triton.backward import dbias_kernel, delta_kernel, dkdv_kernel, dq_kernel
+from fastattn.backends.triton.configs import Config, Features, config
+from fastattn.backends.triton.forward import forward_kernel
+from fastattn.spec import UNBOUNDED, AttentionSpec
+
+LOG2E = 1.4426950408889634
+DELTA_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid and arguments, not yet run."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def window_bounds(spec: AttentionSpec) -> tuple[int, int]:
+    """lo and hi of the window lo <= j - i <= hi, clamped to where they still make a difference."""
+    left = UNBOUNDED if spec.window[0] is None else spec.window[0]
+    right = UNBOUNDED if spec.window[1] is None else spec.window[1]
+
+    def clamp(x: int) -> int:
+        return max(-spec.seqlen_q, min(x, spec.seqlen_k))
+
+    return clamp(spec.offset - left), clamp(spec.offset + right)
+
+
+def features(spec: AttentionSpec, hip: bool = False) -> Features:
+    """What the kernels are compiled for. A window that hides nothing is no window."""
+    lo, hi = window_bounds(spec)
+    return Features(
+        HEAD_DIM_QK=spec.head_dim_qk,
+        HEAD_DIM_V=spec.head_dim_v,
+        HAS_LO=lo > 1 - spec.seqlen_q,
+        HAS_HI=hi < spec.seqlen_k - 1,
+        MASK="none" if spec.mask is None else "key" if spec.mask[2] == 1 else "full",
+        BIAS="none" if spec.bias is None else "key" if spec.bias[2] == 1 else "full",
+        DROPOUT=spec.dropout_p > 0.0,
+        NEGATE=spec.softmax_scale < 0.0,
+        PRECISION="tf32" if spec.dtype is torch.float32 and not hip and _tf32_allowed() else "ieee",
+    )
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.fp32_precision == "tf32"
+    except AttributeError:  # before torch 2.9
+        return bool(matmul.allow_tf32)
+
+
+def _options(c: Config) -> dict[str, Any]:
+    return {"num_warps": c.num_warps, "num_stages": c.num_stages, "enable_fp_fusion": True}
+
+
+def _tiles(c: Config, features: Features) -> dict[str, Any]:
+    return {"F": features, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N}
+
+
+def _inputs(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None
+) -> dict[str, Any]:
+    """The arguments that all kernels of attention take."""
+    shape = (spec.batch, spec.heads_q, spec.seqlen_q, spec.seqlen_k)
+    unused = (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.view(torch.uint8).expand(shape)
+    if bias is not None:
+        bias = bias.expand(shape)
+    threshold = min(int(spec.dropout_p * 2**32), 2**32 - 1)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": mask,
+        "bias": bias,
+        "seed": seed,
+        "q_stride": q.stride(),
+        "k_stride": k.stride(),
+        "v_stride": v.stride(),
+        "mask_stride": unused if mask is None else mask.stride(),
+        "bias_stride": unused if bias is None else bias.stride(),
+        "sizes": (spec.heads_q, spec.group_size, spec.seqlen_q, spec.seqlen_k, *window_bounds(spec)),
+        # The bits of a uint32 in an int32, for its type not to depend on its value.
+        "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,
+    }
+
+
+def _scales(spec: AttentionSpec) -> tuple[float, float, float]:
+    """Of the scores (in base 2 without a bias), of the softmax, of what dropout keeps."""
+    of_scores = spec.softmax_scale * (LOG2E if spec.bias is None else 1.0)
+    return of_scores, spec.softmax_scale, 0.0 if spec.dropout_p >= 1.0 else 1.0 / (1.0 - spec.dropout_p)
+
+
+def plan_forward(
+    spec: AttentionSpec,
+    arch: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Launch]:
+    """out, lse and the launch that will fill them."""
+    f = features(spec, arch == "gfx942")
+    c = config(arch, 8 * q.element_size(), f, "forward")
+    out = empty_like_layout(q, spec.head_dim_v)
+    lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
+    of_scores, _, of_dropout = _scales(spec)
+    arguments = {
+        **_inputs(spec, q, k, v, mask, bias, dropout_seed),
+        "out": out,
+        "lse": lse,
+        "out_stride": out.stride(),
+        "scale": abs(of_scores),
+        "dropout_scale": of_dropout,
+        **_tiles(c, f),
+    }
+    programs = spec.batch * spec.heads_q * triton.cdiv(spec.seqlen_q, c.BLOCK_M)
+    return out, lse, Launch(forward_kernel, programs, arguments, _options(c))
+
+
+def plan_backward(
+    spec: AttentionSpec,
+    arch: str,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Gradients, list[Launch]]:
+    """The gradients and the launches that will fill them, in order."""
+    f, bits = features(spec, arch == "gfx942"), 8 * q.element_size()
+    dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
+    delta = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
+    inputs = _inputs(spec, q, k, v, mask, bias, dropout_seed)
+    shared = {
+        **inputs,
+        "grad_out": grad_out,
+        "grad_out_stride": grad_out.stride(),
+        "lse": lse.contiguous(),
+        "delta": delta,
+        "scales": _scales(spec),
+    }
+    heads = spec.batch * spec.heads_q
+    of_delta = {
+        "out": out,
+        "grad_out": grad_out,
+        "grad_lse": grad_lse,
+        "delta": delta,
+        "out_stride": out.stride(),
+        "grad_out_stride": grad_out.stride(),
+        "grad_lse_stride": (0, 0, 0) if grad_lse is None else grad_lse.stride(),
+        "sizes": inputs["sizes"],
+        "F": f,
+        "BLOCK_M": DELTA_ROWS,
+    }
+    launches = [Launch(delta_kernel, heads * triton.cdiv(spec.seqlen_q, DELTA_ROWS), of_delta, {"num_warps": 4})]
+
+    c = config(arch, bits, f, "dkdv")
+    of_dkdv = {**shared, "dk": dk, "dv": dv, "dk_stride": dk.stride(), "dv_stride": dv.stride(), **_tiles(c, f)}
+    programs = spec.batch * spec.heads_k * triton.cdiv(spec.seqlen_k, c.BLOCK_N)
+    launches.append(Launch(dkdv_kernel, programs, of_dkdv, _options(c)))
+
+    c = config(arch, bits, f, "dq")
+    of_dq = {**shared, "dq": dq, "dq_stride": dq.stride(), **_tiles(c, f)}
+    launches.append(Launch(dq_kernel, heads * triton.cdiv(spec.seqlen_q, c.BLOCK_M), of_dq, _options(c)))
+
+    dbias = None
+    if spec.needs_bias_grad and bias is not None:
+        c = config(arch, bits, f, "dbias")
+        dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+        of_dbias = {
+            **shared,
+            "dbias": dbias,
+            "dbias_stride": dbias.stride(),
+            "extent": (spec.batch, spec.heads_q, *bias.shape),
+            "SUM_M": bias.shape[2] == 1,
+            "SUM_N": bias.shape[3] == 1,
+            **_tiles(c, f),
+        }
+        tiles = triton.cdiv(bias.shape[2], c.BLOCK_M) * triton.cdiv(bias.shape[3], c.BLOCK_N)
+        launches.append(Launch(dbias_kernel, bias.shape[0] * bias.shape[1] * tiles, of_dbias, _options(c)))
+    return (dq, dk, dv, dbias), launches
