@@ -1,0 +1,68 @@
+// Chooses the instruction set, once, when first asked.
+#include "attention.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fastattn::cpu {
+
+#define FASTATTN_DECLARE(isa)                            \
+    namespace isa {                                      \
+    void attention_forward(const AttentionParams& p);    \
+    void attention_backward(const AttentionParams& p);   \
+    }
+FASTATTN_DECLARE(portable)
+#if defined(__x86_64__)
+FASTATTN_DECLARE(avx2)
+FASTATTN_DECLARE(avx512)
+#endif
+#undef FASTATTN_DECLARE
+
+namespace {
+
+using Kernel = void (*)(const AttentionParams&);
+
+struct Kernels {
+    const char* name;
+    bool supported;
+    Kernel forward;
+    Kernel backward;
+};
+
+Kernels choose() {
+    const Kernels all[] = {
+#if defined(__x86_64__)
+        {"avx512",
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+         avx512::attention_forward, avx512::attention_backward},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::attention_forward,
+         avx2::attention_backward},
+#endif
+        {"portable", true, portable::attention_forward, portable::attention_backward},
+    };
+    const char* wanted = std::getenv("FASTATTN_CPU_ISA");
+    std::string known;
+    for (const Kernels& kernels : all) {
+        known += std::string(known.empty() ? "" : ", ") + kernels.name + (kernels.supported ? "" : " (not here)");
+        if (wanted == nullptr || *wanted == '\0' ? kernels.supported
+                                                 : kernels.supported && std::string(wanted) == kernels.name) {
+            return kernels;
+        }
+    }
+    throw std::runtime_error("FASTATTN_CPU_ISA is '" + std::string(wanted) + "'; this processor has: " + known);
+}
+
+const Kernels& kernels() {
+    static const Kernels chosen = choose();
+    return chosen;
+}
+
+}  // namespace
+
+void attention_forward(const AttentionParams& params) { kernels().forward(params); }
+void attention_backward(const AttentionParams& params) { kernels().backward(params); }
+const char* instruction_set() { return kernels().name; }
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,174 @@
+// Vectors as the compiler spells them, the register-blocked product of a tile, and exp2. Included once per instruction
+// set (FASTATTN_CPU_ISA names the namespace), so every function here is inlined for the flags of its translation unit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace fastattn::cpu::FASTATTN_CPU_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileVectors = 4;  // 6 x 4 accumulators + 4 of B + 1 of A: 29 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileVectors = 2;  // 6 x 2 accumulators + 2 of B + 1 of A: 15 of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+template <typename C>
+struct VectorOf {
+    typedef C type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename C>
+using Vector = typename VectorOf<C>::type;
+template <typename C>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
+// Columns of a register tile, and so the width of the panels that hold a right-hand operand.
+template <typename C>
+constexpr int kPanel = kTileVectors * kLanes<C>;
+
+template <typename C>
+inline Vector<C> load(const C* p) {
+    Vector<C> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <typename C>
+inline void store(C* p, Vector<C> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+template <typename C>
+inline Vector<C> splat(C x) {
+    return x - Vector<C>{};
+}
+
+template <typename C>
+inline C sum_of(Vector<C> v) {
+    C total = v[0];
+    for (int i = 1; i < kLanes<C>; ++i) total += v[i];
+    return total;
+}
+template <typename C>
+inline C max_of(Vector<C> v) {
+    C top = v[0];
+    for (int i = 1; i < kLanes<C>; ++i) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+// c (rows x kPanel) = [c +] a (rows x depth) · b (depth x kPanel); a is broadcast element by element.
+template <typename C, int rows>
+inline void multiply_tile(const C* a, int64_t a_stride, const C* b, int64_t depth, C* c, int64_t c_stride,
+                          bool accumulate) {
+    Vector<C> sum[rows][kTileVectors];
+    for (int i = 0; i < rows; ++i) {
+        for (int u = 0; u < kTileVectors; ++u) {
+            sum[i][u] = accumulate ? load<C>(c + i * c_stride + u * kLanes<C>) : Vector<C>{};
+        }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        Vector<C> right[kTileVectors];
+#pragma GCC unroll 4
+        for (int u = 0; u < kTileVectors; ++u) right[u] = load<C>(b + k * kPanel<C> + u * kLanes<C>);
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; ++i) {
+            const Vector<C> left = splat(a[i * a_stride + k]);
+#pragma GCC unroll 4
+            for (int u = 0; u < kTileVectors; ++u) sum[i][u] += left * right[u];
+        }
+    }
+    for (int i = 0; i < rows; ++i) {
+        for (int u = 0; u < kTileVectors; ++u) store<C>(c + i * c_stride + u * kLanes<C>, sum[i][u]);
+    }
+}
+
+template <typename C>
+inline void multiply(int64_t rows, const C* a, int64_t a_stride, const C* b, int64_t depth, C* c, int64_t c_stride,
+                     bool accumulate) {
+    switch (rows) {
+        case 1: return multiply_tile<C, 1>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 2: return multiply_tile<C, 2>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 3: return multiply_tile<C, 3>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 4: return multiply_tile<C, 4>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 5: return multiply_tile<C, 5>(a, a_stride, b, depth, c, c_stride, accumulate);
+        default: return multiply_tile<C, 6>(a, a_stride, b, depth, c, c_stride, accumulate);
+    }
+}
+
+// The same, passing over every zero of a: an unseen NaN or inf in b then has no part in the sum.
+template <typename C>
+inline void multiply_nonzero(int64_t rows, const C* a, int64_t a_stride, const C* b, int64_t depth, C* c,
+                             int64_t c_stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t k = 0; k < depth; ++k) {
+            const C left = a[i * a_stride + k];
+            if (left == 0) continue;
+            for (int u = 0; u < kPanel<C>; ++u) c[i * c_stride + u] += left * b[k * kPanel<C> + u];
+        }
+    }
+}
+
+template <typename C>
+struct Exp2;
+
+// 2^f on [-1/2, 1/2] by the minimax polynomial of degree 6: relative error 1.9e-9 before rounding.
+template <>
+struct Exp2<float> {
+    using Integer = int32_t;
+    static constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
+    static constexpr float kLowest = -126.0f;
+    static constexpr int kMantissa = 23;
+    static constexpr Integer kExponentBias = 127;
+    static constexpr float kCoefficients[] = {1.53458205475e-4f, 1.33999312578e-3f, 9.6184889235e-3f, 5.55032877688e-2f,
+                                              2.4022646891e-1f,  6.93147205737e-1f, 1.00000000055f};
+};
+
+// The Taylor polynomial of degree 13, ln(2)^k / k!: remainder below 5e-18.
+template <>
+struct Exp2<double> {
+    using Integer = int64_t;
+    static constexpr double kRound = 6755399441055744.0;  // 1.5 · 2^52
+    static constexpr double kLowest = -1022.0;
+    static constexpr int kMantissa = 52;
+    static constexpr Integer kExponentBias = 1023;
+    static constexpr double kCoefficients[] = {
+        1.3691488853904128e-12, 2.5678435993488205e-11, 4.4455382718708116e-10, 7.0549116208011233e-09,
+        1.0178086009239699e-07, 1.3215486790144309e-06, 1.5252733804059841e-05, 1.5403530393381610e-04,
+        1.3333558146428443e-03, 9.6181291076284772e-03, 5.5504108664821580e-02, 2.4022650695910072e-01,
+        6.9314718055994531e-01, 1.0};
+};
+
+// 2^x for x <= 0 (a little above is fine); 0 below the smallest normal number; NaN stays NaN.
+template <typename C>
+inline Vector<C> exp2(Vector<C> x) {
+    using E = Exp2<C>;
+    using I = Vector<typename E::Integer>;
+    const Vector<C> shifted = x + splat<C>(E::kRound);
+    const Vector<C> fraction = x - (shifted - splat<C>(E::kRound));
+    Vector<C> p = splat<C>(E::kCoefficients[0]);
+    for (size_t k = 1; k < sizeof(E::kCoefficients) / sizeof(C); ++k) {
+        p = p * fraction + splat<C>(E::kCoefficients[k]);
+    }
+    I exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = (exponent + E::kExponentBias) << E::kMantissa;
+    Vector<C> power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return x < splat<C>(E::kLowest) ? Vector<C>{} : p * power;
+}
+
+template <typename C>
+inline C exp2_of(C x) {
+    return exp2<C>(splat<C>(x))[0];
+}
+
+constexpr double kLog2E = 1.4426950408889634;
+template <typename C>
+constexpr C kInfinity = std::numeric_limits<C>::infinity();
+
+}  // namespace fastattn::cpu::FASTATTN_CPU_ISA
