@@ -44,7 +44,7 @@ def expand_attn_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.
     if mask.shape == (seqlen_q, seqlen_k):
         return mask[None, None]
     if mask.shape == (batch * heads, seqlen_q, seqlen_k):
-        return mask.view(shape) if mask.is_contiguous() else mask.unflatten(0, (batch, heads))
+        return mask.unflatten(0, (batch, heads))
     if mask.dim() == 4 and all(have in (1, want) for have, want in zip(mask.shape, shape, strict=True)):
         return mask
     raise ValueError(

@@ -125,8 +125,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
             if row is not None:
                 nn.init.xavier_normal_(row)
 
-    @classmethod
-    def from_torch(cls, module: nn.MultiheadAttention) -> MultiHeadAttention:
+    @staticmethod
+    def from_torch(module: nn.MultiheadAttention) -> MultiHeadAttention:
         """A :class:`MultiHeadAttention` that shares the parameters of ``module``: training one trains the other.
 
         Training mode, hooks and ``requires_grad`` are taken over. To change a whole model, see
