@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
-from fastattn import dispatch, reference
+from fastattn import dispatch
 from fastattn.spec import AttentionSpec
 from fastattn.transformer import Transformer
 
@@ -98,11 +98,6 @@ def backend_names(device: torch.device) -> dict[str, str | None]:
     return names
 
 
-def naive(causal: bool) -> Attention:
-    """Attention as the definition says it, whole score matrix in memory, in the dtype of its inputs."""
-    return lambda q, k, v, mask: reference.attention(q, k, v, mask=mask, causal=causal)
-
-
 def _ours(name: str, causal: bool) -> Attention:
     return lambda q, k, v, mask: fastattn.attention(q, k, v, mask=mask, causal=causal, backend=name)
 
@@ -155,7 +150,7 @@ def attention_contenders(case: Case, dtype: torch.dtype, device: torch.device) -
             found.append(Contender("torch flex", None, "not set up for a padding mask"))
         else:
             found.append(Contender("torch flex", _flex(case, device)))
-    found.append(Contender("naive", naive(case.causal)))
+    found.append(Contender("naive", _ours("reference", case.causal)))
     return found
 
 

@@ -53,7 +53,7 @@ class Size:
 
 
 TINY = Size(batch=2, length=40, d_model=32, nhead=2, layers=1)
-CPU = Size(batch=4, length=256, d_model=256, nhead=4, layers=2)
+CPU = Size(batch=2, length=192, d_model=128, nhead=4, layers=2)
 GPU = Size(batch=4, length=1024, d_model=512, nhead=8, layers=4)
 
 

@@ -12,7 +12,7 @@ import torch
 
 Call = Callable[[], Any]
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
 CPU_SAMPLE_S = 2e-3  # a CPU sample repeats its call until it lasts about this long
 
 
@@ -75,7 +75,7 @@ class _Cuda:
 def time_calls(calls: Mapping[str, Call], device: torch.device, budget_s: float = 1.0) -> dict[str, Sample]:
     """Median, p20 and p80 of every call, in rounds of shuffled order, for about ``budget_s`` seconds.
 
-    At least 5 rounds are made however slow the calls are, at most 50.
+    At least 3 rounds are made however slow the calls are, at most 50.
     """
     clock = _Cuda(device) if device.type == "cuda" else _Cpu()
     for name, call in calls.items():  # warm-up: compiles, fills allocator and thread pools

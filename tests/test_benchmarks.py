@@ -60,7 +60,10 @@ def install(monkeypatch: pytest.MonkeyPatch, cls: type[ReferenceBackend]) -> Non
 
 @pytest.fixture(autouse=True)
 def forget_backends() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sizes so small that threads only get in each other's way
     yield
+    torch.set_num_threads(threads)
     dispatch.get_backend.cache_clear()
 
 
@@ -168,7 +171,7 @@ def test_time_calls_keeps_order_of_speed() -> None:
     small, large = torch.ones(8, 8), torch.ones(512, 512)
     samples = time_calls({"large": lambda: large @ large, "small": lambda: small @ small}, torch.device("cpu"), 0.02)
     assert samples["small"].median_ms < samples["large"].median_ms
-    assert all(s.p20_ms <= s.median_ms <= s.p80_ms and s.count >= 5 for s in samples.values())
+    assert all(s.p20_ms <= s.median_ms <= s.p80_ms and s.count >= 3 for s in samples.values())
 
 
 def test_command_line_errors(tmp_path: Path) -> None:
