@@ -1,75 +1,21 @@
-"""The compiled kernels. A tensor is ``(pointer, *strides)`` with four strides in elements, or None."""
+"""The compiled kernels, called by ``fastattn.backends.cpu`` and ``fastattn.backends.cuda``.
 
-_Tensor = tuple[int, ...] | None
+All arguments are positional, as packed by ``fastattn.backends.native``; a tensor is ``(pointer, *strides)`` with four
+strides in elements, or None::
+
+    *_forward:   call, dropout_seed, q, k, v, mask, bias, out, lse
+    *_backward:  the same, grad_out, grad_lse, dq, dk, dv, dbias
+    cpu_*:       ..., num_threads
+    cuda_*:      ..., (backward: workspace,) device, stream
+"""
+
+from typing import Any
 
 has_cuda: bool
 cuda_archs: str
 
 def cpu_instruction_set() -> str: ...
-def cpu_forward(
-    call: tuple[float, ...],
-    dropout_seed: int,
-    q: _Tensor,
-    k: _Tensor,
-    v: _Tensor,
-    mask: _Tensor,
-    bias: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    num_threads: int,
-    /,
-) -> None: ...
-def cpu_backward(
-    call: tuple[float, ...],
-    dropout_seed: int,
-    q: _Tensor,
-    k: _Tensor,
-    v: _Tensor,
-    mask: _Tensor,
-    bias: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    grad_out: _Tensor,
-    grad_lse: _Tensor,
-    dq: _Tensor,
-    dk: _Tensor,
-    dv: _Tensor,
-    dbias: _Tensor,
-    num_threads: int,
-    /,
-) -> None: ...
-def cuda_forward(
-    call: tuple[float, ...],
-    dropout_seed: int,
-    q: _Tensor,
-    k: _Tensor,
-    v: _Tensor,
-    mask: _Tensor,
-    bias: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def cuda_backward(
-    call: tuple[float, ...],
-    dropout_seed: int,
-    q: _Tensor,
-    k: _Tensor,
-    v: _Tensor,
-    mask: _Tensor,
-    bias: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    grad_out: _Tensor,
-    grad_lse: _Tensor,
-    dq: _Tensor,
-    dk: _Tensor,
-    dv: _Tensor,
-    dbias: _Tensor,
-    workspace: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+def cpu_forward(*arguments: Any) -> None: ...
+def cpu_backward(*arguments: Any) -> None: ...
+def cuda_forward(*arguments: Any) -> None: ...
+def cuda_backward(*arguments: Any) -> None: ...
