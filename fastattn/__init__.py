@@ -3,7 +3,8 @@
 from fastattn import reference
 from fastattn.dispatch import use_backend
 from fastattn.functional import attention, attention_weights, explain, scaled_dot_product_attention
-from fastattn.modules import MultiHeadAttention, swap_attention
+from fastattn.modules import MultiHeadAttention
+from fastattn.swap import swap_attention
 
 __all__ = [
     "MultiHeadAttention",

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
+import torch
+
 from fastattn.backends.base import Backend
 from fastattn.spec import AttentionSpec
 
@@ -27,6 +29,7 @@ ORDER = {
 }
 
 _chosen: ContextVar[str] = ContextVar("fastattn_backend", default="")
+_chosen_when_tracing = ""  # torch.compile cannot read a ContextVar; it reads this, and guards on it
 
 
 @cache
@@ -85,16 +88,19 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name:
         get_backend(name)
-    token = _chosen.set(name or "")
+    global _chosen_when_tracing
+    token, before = _chosen.set(name or ""), _chosen_when_tracing
+    _chosen_when_tracing = name or ""
     try:
         yield
     finally:
         _chosen.reset(token)
+        _chosen_when_tracing = before
 
 
 def chosen_backend() -> str:
     """The name that the innermost ``use_backend`` gave, or ""."""
-    return _chosen.get()
+    return _chosen_when_tracing if torch.compiler.is_compiling() else _chosen.get()
 
 
 def describe(spec: AttentionSpec | None, backend: str = "") -> str:
