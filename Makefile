@@ -9,7 +9,9 @@ PYTHON ?= python3
 TORCH ?=
 TEXT ?=
 VENV ?= .venv
-# `make gpu` keeps to the packages that PYTHON already has.
+# Without a network: PIP_FLAGS="--no-build-isolation --no-deps", with all that pyproject.toml names already installed.
+PIP_FLAGS ?=
+# `make gpu` sees the packages that PYTHON already has.
 VENV_FLAGS ?=
 PYTEST_FLAGS ?= -q
 comma := ,
@@ -51,7 +53,7 @@ $(STAMP): $(BUILD_INPUTS)
 	  installed) $(PYTHON) -c "import torch; print('torch==' + torch.__version__)" >$(VENV)/constraints.txt ;; \
 	  *) sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt >$(VENV)/constraints.txt ;; \
 	esac
-	$(BIN)/pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
+	$(BIN)/pip install --disable-pip-version-check -q $(PIP_FLAGS) -c $(VENV)/constraints.txt \
 	  -e '.[$(EXTRAS)]'
 	touch $@
 
