@@ -198,7 +198,14 @@ def ninja_file(cxx: list[str], nvcc: Nvcc | None, output: str) -> str:
     sanitize = [f"-fsanitize={s}" for s in (os.environ.get("FASTATTN_SANITIZE", ""),) if s]
     include = f"-I{ROOT / 'csrc'}"
     host = [*COMPILE_FLAGS, include, *sanitize, *(["-g", "-fno-omit-frame-pointer"] if sanitize else [])]
-    device = [include, "-O3", "-std=c++17", "-Xptxas=-v", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-pthread"]
+    device = [
+        include,
+        "-O3",
+        "-std=c++17",
+        "-Xptxas=-v",
+        "-Xfatbin=-compress-all",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-pthread",
+    ]
     bindings = [f"-isystem {pybind11_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
     link = ["-shared", "-pthread", *sanitize]
     if platform.system() == "Darwin":

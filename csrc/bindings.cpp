@@ -18,115 +18,115 @@ namespace {
 
 // Reads a tuple from front to back.
 class TupleReader {
- public:
-  TupleReader(const py::tuple& tuple, Py_ssize_t expected_size) : tuple_(tuple.ptr()) {
-    check(PyTuple_GET_SIZE(tuple_) == expected_size, "expected a tuple of ", expected_size, " numbers, got ",
-          PyTuple_GET_SIZE(tuple_));
-  }
-  int64_t integer() {
-    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, next_++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  double real() {
-    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(tuple_, next_++));
-    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  void* pointer() {
-    void* value = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple_, next_++));
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
+public:
+    TupleReader(const py::tuple& tuple, Py_ssize_t expected_size) : tuple_(tuple.ptr()) {
+        check(PyTuple_GET_SIZE(tuple_) == expected_size, "expected a tuple of ", expected_size, " numbers, got ",
+              PyTuple_GET_SIZE(tuple_));
+    }
+    int64_t integer() {
+        const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, next_++));
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+    double real() {
+        const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(tuple_, next_++));
+        if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+    void* pointer() {
+        void* value = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple_, next_++));
+        if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
 
- private:
-  PyObject* tuple_;
-  Py_ssize_t next_ = 0;
+private:
+    PyObject* tuple_;
+    Py_ssize_t next_ = 0;
 };
 
 Tensor4 tensor(const py::object& packed) {
-  if (packed.is_none()) return Tensor4{};
-  if (!PyTuple_Check(packed.ptr())) throw py::type_error("a tensor must be None or a tuple (pointer, *strides)");
-  TupleReader reader(py::reinterpret_borrow<py::tuple>(packed), 5);
-  Tensor4 result{};
-  result.data = reader.pointer();
-  for (int64_t& stride : result.stride) stride = reader.integer();
-  return result;
+    if (packed.is_none()) return Tensor4{};
+    if (!PyTuple_Check(packed.ptr())) throw py::type_error("a tensor must be None or a tuple (pointer, *strides)");
+    TupleReader reader(py::reinterpret_borrow<py::tuple>(packed), 5);
+    Tensor4 result{};
+    result.data = reader.pointer();
+    for (int64_t& stride : result.stride) stride = reader.integer();
+    return result;
 }
 
 AttentionParams forward_params(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
                                const py::object& v, const py::object& mask, const py::object& bias,
                                const py::object& out, const py::object& lse) {
-  AttentionParams p{};
-  TupleReader reader(call, 19);
-  p.dtype = static_cast<DType>(reader.integer());
-  p.bias_dtype = static_cast<DType>(reader.integer());
-  p.batch = reader.integer();
-  p.heads_q = reader.integer();
-  p.heads_k = reader.integer();
-  p.seqlen_q = reader.integer();
-  p.seqlen_k = reader.integer();
-  p.head_dim_qk = reader.integer();
-  p.head_dim_v = reader.integer();
-  p.softmax_scale = reader.real();
-  p.left = reader.integer();
-  p.right = reader.integer();
-  p.offset = reader.integer();
-  p.dropout_threshold = static_cast<uint64_t>(reader.integer());
-  p.dropout_scale = reader.real();
-  for (int64_t& size : p.bias_shape) size = reader.integer();
-  p.dropout_seed = reinterpret_cast<const int64_t*>(dropout_seed);
-  check(p.dropout_threshold == 0 || p.dropout_seed != nullptr, "dropout without a seed");
-  p.q = tensor(q);
-  p.k = tensor(k);
-  p.v = tensor(v);
-  p.mask = tensor(mask);
-  p.bias = tensor(bias);
-  p.out = tensor(out);
-  p.lse = tensor(lse);
-  return p;
+    AttentionParams p{};
+    TupleReader reader(call, 19);
+    p.dtype = static_cast<DType>(reader.integer());
+    p.bias_dtype = static_cast<DType>(reader.integer());
+    p.batch = reader.integer();
+    p.heads_q = reader.integer();
+    p.heads_k = reader.integer();
+    p.seqlen_q = reader.integer();
+    p.seqlen_k = reader.integer();
+    p.head_dim_qk = reader.integer();
+    p.head_dim_v = reader.integer();
+    p.softmax_scale = reader.real();
+    p.left = reader.integer();
+    p.right = reader.integer();
+    p.offset = reader.integer();
+    p.dropout_threshold = static_cast<uint64_t>(reader.integer());
+    p.dropout_scale = reader.real();
+    for (int64_t& size : p.bias_shape) size = reader.integer();
+    p.dropout_seed = reinterpret_cast<const int64_t*>(dropout_seed);
+    check(p.dropout_threshold == 0 || p.dropout_seed != nullptr, "dropout without a seed");
+    p.q = tensor(q);
+    p.k = tensor(k);
+    p.v = tensor(v);
+    p.mask = tensor(mask);
+    p.bias = tensor(bias);
+    p.out = tensor(out);
+    p.lse = tensor(lse);
+    return p;
 }
 
 AttentionParams backward_params(AttentionParams p, const py::object& grad_out, const py::object& grad_lse,
                                 const py::object& dq, const py::object& dk, const py::object& dv,
                                 const py::object& dbias) {
-  p.grad_out = tensor(grad_out);
-  p.grad_lse = tensor(grad_lse);
-  p.dq = tensor(dq);
-  p.dk = tensor(dk);
-  p.dv = tensor(dv);
-  p.dbias = tensor(dbias);
-  return p;
+    p.grad_out = tensor(grad_out);
+    p.grad_lse = tensor(grad_lse);
+    p.dq = tensor(dq);
+    p.dk = tensor(dk);
+    p.dv = tensor(dv);
+    p.dbias = tensor(dbias);
+    return p;
 }
 
 void cpu_forward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
                  const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
                  const py::object& lse, int64_t num_threads) {
-  AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse);
-  p.num_threads = num_threads;
-  py::gil_scoped_release release;
-  cpu::attention_forward(p);
+    AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse);
+    p.num_threads = num_threads;
+    py::gil_scoped_release release;
+    cpu::attention_forward(p);
 }
 
 void cpu_backward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
                   const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
                   const py::object& lse, const py::object& grad_out, const py::object& grad_lse, const py::object& dq,
                   const py::object& dk, const py::object& dv, const py::object& dbias, int64_t num_threads) {
-  AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse), grad_out,
-                                      grad_lse, dq, dk, dv, dbias);
-  p.num_threads = num_threads;
-  py::gil_scoped_release release;
-  cpu::attention_backward(p);
+    AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse), grad_out,
+                                        grad_lse, dq, dk, dv, dbias);
+    p.num_threads = num_threads;
+    py::gil_scoped_release release;
+    cpu::attention_backward(p);
 }
 
 #ifdef FASTATTN_WITH_CUDA
 void cuda_forward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
                   const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
                   const py::object& lse, int64_t device, uintptr_t stream) {
-  AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse);
-  p.device = device;
-  py::gil_scoped_release release;
-  cuda::attention_forward(p, reinterpret_cast<void*>(stream));
+    AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse);
+    p.device = device;
+    py::gil_scoped_release release;
+    cuda::attention_forward(p, reinterpret_cast<void*>(stream));
 }
 
 void cuda_backward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
@@ -134,12 +134,12 @@ void cuda_backward(const py::tuple& call, uintptr_t dropout_seed, const py::obje
                    const py::object& lse, const py::object& grad_out, const py::object& grad_lse, const py::object& dq,
                    const py::object& dk, const py::object& dv, const py::object& dbias, uintptr_t workspace,
                    int64_t device, uintptr_t stream) {
-  AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse), grad_out,
-                                      grad_lse, dq, dk, dv, dbias);
-  p.workspace = reinterpret_cast<void*>(workspace);
-  p.device = device;
-  py::gil_scoped_release release;
-  cuda::attention_backward(p, reinterpret_cast<void*>(stream));
+    AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse), grad_out,
+                                        grad_lse, dq, dk, dv, dbias);
+    p.workspace = reinterpret_cast<void*>(workspace);
+    p.device = device;
+    py::gil_scoped_release release;
+    cuda::attention_backward(p, reinterpret_cast<void*>(stream));
 }
 #endif
 
@@ -147,18 +147,18 @@ void cuda_backward(const py::tuple& call, uintptr_t dropout_seed, const py::obje
 }  // namespace fastattn
 
 PYBIND11_MODULE(_C, m) {
-  using namespace fastattn;
-  m.doc() = "Compiled kernels of fastattn; see csrc/params.h for what a call is made of.";
-  m.def("cpu_forward", &cpu_forward);
-  m.def("cpu_backward", &cpu_backward);
-  m.def("cpu_instruction_set", &cpu::instruction_set);
+    using namespace fastattn;
+    m.doc() = "Compiled kernels of fastattn; see csrc/params.h for what a call is made of.";
+    m.def("cpu_forward", &cpu_forward);
+    m.def("cpu_backward", &cpu_backward);
+    m.def("cpu_instruction_set", &cpu::instruction_set);
 #ifdef FASTATTN_WITH_CUDA
-  m.attr("has_cuda") = true;
-  m.def("cuda_forward", &cuda_forward);
-  m.def("cuda_backward", &cuda_backward);
-  m.attr("cuda_archs") = FASTATTN_CUDA_ARCHS;
+    m.attr("has_cuda") = true;
+    m.def("cuda_forward", &cuda_forward);
+    m.def("cuda_backward", &cuda_backward);
+    m.attr("cuda_archs") = FASTATTN_CUDA_ARCHS;
 #else
-  m.attr("has_cuda") = false;
-  m.attr("cuda_archs") = "";
+    m.attr("has_cuda") = false;
+    m.attr("cuda_archs") = "";
 #endif
 }

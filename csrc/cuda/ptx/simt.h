@@ -9,7 +9,7 @@
 #define FASTATTN_DEVICE __device__ __forceinline__
 // A kernel of kThreads threads a block that takes AttentionParams by value, read from constant memory.
 #define FASTATTN_KERNEL(name, threads, params) \
-  __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__::fastattn::AttentionParams params)
+    __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__::fastattn::AttentionParams params)
 // One object of the block in shared memory, uninitialised.
 #define FASTATTN_SHARED(type, name) __shared__ type name
 
@@ -17,10 +17,10 @@ namespace fastattn::cuda {
 
 // 16-bit elements as they lie in memory; arithmetic is in float.
 struct Half {
-  uint16_t bits;
+    uint16_t bits;
 };
 struct BFloat16 {
-  uint16_t bits;
+    uint16_t bits;
 };
 
 FASTATTN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -39,9 +39,9 @@ FASTATTN_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 // overflow gives infinity. cvt.rn.bf16.f32 needs sm_80.
 FASTATTN_DEVICE float to_float(float x) { return x; }
 FASTATTN_DEVICE float to_float(Half x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
 }
 FASTATTN_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 

@@ -15,107 +15,107 @@ namespace {
 // Over the 16 threads that share a row: lanes of one half of a warp.
 FASTATTN_DEVICE float row_max(float x) {
 #pragma unroll
-  for (int mask = 1; mask < 16; mask *= 2) x = fmaxf(x, shuffle_xor(x, mask));
-  return x;
+    for (int mask = 1; mask < 16; mask *= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
 }
 FASTATTN_DEVICE float row_sum(float x) {
 #pragma unroll
-  for (int mask = 1; mask < 16; mask *= 2) x += shuffle_xor(x, mask);
-  return x;
+    for (int mask = 1; mask < 16; mask *= 2) x += shuffle_xor(x, mask);
+    return x;
 }
 
 // The online softmax of a thread's four rows.
 struct Softmax {
-  float max[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-  float sum[4] = {0.f, 0.f, 0.f, 0.f};  // this thread's columns only, until finish()
+    float max[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    float sum[4] = {0.f, 0.f, 0.f, 0.f};  // this thread's columns only, until finish()
 
-  // Turns scores into P, invisible entries into kInvisible; rescale: what earlier results are to be multiplied with.
-  FASTATTN_DEVICE void update(Accumulator& s, Bits visible, float (&rescale)[4]) {
+    // Turns scores into P, invisible entries into kInvisible; rescale: what earlier results are to be multiplied with.
+    FASTATTN_DEVICE void update(Accumulator& s, Bits visible, float (&rescale)[4]) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const float new_max = fmaxf(max[r], row_max(fmaxf(fmaxf(s[r][0], s[r][1]), fmaxf(s[r][2], s[r][3]))));
-      const float base = new_max == -INFINITY ? 0.f : new_max;  // -inf - -inf would be NaN
-      rescale[r] = exp2f((max[r] - base) * kLog2E);
-      max[r] = new_max;
-      sum[r] *= rescale[r];
+        for (int r = 0; r < 4; ++r) {
+            const float new_max = fmaxf(max[r], row_max(fmaxf(fmaxf(s[r][0], s[r][1]), fmaxf(s[r][2], s[r][3]))));
+            const float base = new_max == -INFINITY ? 0.f : new_max;  // -inf - -inf would be NaN
+            rescale[r] = exp2f((max[r] - base) * kLog2E);
+            max[r] = new_max;
+            sum[r] *= rescale[r];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        s[r][c] = visible.at(r, c) ? exp2f((s[r][c] - base) * kLog2E) : kInvisible;
-        sum[r] += s[r][c];
-      }
+            for (int c = 0; c < 4; ++c) {
+                s[r][c] = visible.at(r, c) ? exp2f((s[r][c] - base) * kLog2E) : kInvisible;
+                sum[r] += s[r][c];
+            }
+        }
     }
-  }
 
-  FASTATTN_DEVICE void finish() {
+    FASTATTN_DEVICE void finish() {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) sum[r] = row_sum(sum[r]);
-  }
+        for (int r = 0; r < 4; ++r) sum[r] = row_sum(sum[r]);
+    }
 };
 
 template <typename T, int kHeadDim>
 FASTATTN_KERNEL(forward_kernel, kThreads, p) {
-  FASTATTN_SHARED(Shared, shared);
-  // The last tile first: under a causal window it sees the most keys.
-  const int64_t tiles = (p.seqlen_q + kBlock - 1) / kBlock;
-  const int64_t i0 = (tiles - 1 - block_index() % tiles) * kBlock;
-  const int64_t h = block_index() / tiles % p.heads_q, b = block_index() / tiles / p.heads_q;
-  const int64_t hk = h / (p.heads_q / p.heads_k);
+    FASTATTN_SHARED(Shared, shared);
+    // The last tile first: under a causal window it sees the most keys.
+    const int64_t tiles = (p.seqlen_q + kBlock - 1) / kBlock;
+    const int64_t i0 = (tiles - 1 - block_index() % tiles) * kBlock;
+    const int64_t h = block_index() / tiles % p.heads_q, b = block_index() / tiles / p.heads_q;
+    const int64_t hk = h / (p.heads_q / p.heads_k);
 
-  const auto q = head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk).from(i0, 0);
-  const auto k = head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk);
-  const auto v = head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v);
+    const auto q = head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk).from(i0, 0);
+    const auto k = head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk);
+    const auto v = head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v);
 
-  Softmax softmax;
-  Accumulator o[kHeadDim / kBlock];
-  clear(o);
-  const Range keys = visible_keys(p, i0, min64(i0 + kBlock, p.seqlen_q), kBlock);
-  for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kBlock) {
-    const Position at = {b, h, i0 + 4 * ty(), j0 + 4 * tx()};
-    Accumulator s;
-    dot_rows<T>(s, shared, q, k.from(j0, 0));
-    const Bits visible = finish_scores(p, at, s);
-    if (!barrier_or(visible.bits != 0)) continue;
+    Softmax softmax;
+    Accumulator o[kHeadDim / kBlock];
+    clear(o);
+    const Range keys = visible_keys(p, i0, min64(i0 + kBlock, p.seqlen_q), kBlock);
+    for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kBlock) {
+        const Position at = {b, h, i0 + 4 * ty(), j0 + 4 * tx()};
+        Accumulator s;
+        dot_rows<T>(s, shared, q, k.from(j0, 0));
+        const Bits visible = finish_scores(p, at, s);
+        if (!barrier_or(visible.bits != 0)) continue;
 
-    float rescale[4];
-    softmax.update(s, visible, rescale);
-    if (p.dropout_threshold) {
-      const Bits keep = dropout_keep(p, at);
+        float rescale[4];
+        softmax.update(s, visible, rescale);
+        if (p.dropout_threshold) {
+            const Bits keep = dropout_keep(p, at);
 #pragma unroll
-      for (int e = 0; e < 16; ++e) {
-        if (visible.at(e / 4, e % 4) && !keep.at(e / 4, e % 4)) s[e / 4][e % 4] = 0.f;
-      }
+            for (int e = 0; e < 16; ++e) {
+                if (visible.at(e / 4, e % 4) && !keep.at(e / 4, e % 4)) s[e / 4][e % 4] = 0.f;
+            }
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < kHeadDim / kBlock; ++chunk) {
+#pragma unroll
+            for (int e = 0; e < 16; ++e) o[chunk][e / 4][e % 4] *= rescale[e / 4];
+        }
+        store_exchange<true>(shared, s);
+        accumulate(o, shared, v.from(j0, 0));
     }
-#pragma unroll
-    for (int chunk = 0; chunk < kHeadDim / kBlock; ++chunk) {
-#pragma unroll
-      for (int e = 0; e < 16; ++e) o[chunk][e / 4][e % 4] *= rescale[e / 4];
-    }
-    store_exchange<true>(shared, s);
-    accumulate(o, shared, v.from(j0, 0));
-  }
 
-  softmax.finish();
-  const float dropout_scale = p.dropout_threshold ? static_cast<float>(p.dropout_scale) : 1.f;
-  float factor[4];
+    softmax.finish();
+    const float dropout_scale = p.dropout_threshold ? static_cast<float>(p.dropout_scale) : 1.f;
+    float factor[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int64_t i = i0 + 4 * ty() + r;
-    const bool sees_nothing = softmax.sum[r] == 0.f;
-    factor[r] = sees_nothing ? 0.f : dropout_scale / softmax.sum[r];
-    if (tx() == 0 && i < p.seqlen_q) {
-      static_cast<float*>(p.lse.data)[b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]] =
-          sees_nothing ? -INFINITY : softmax.max[r] + logf(softmax.sum[r]);
+    for (int r = 0; r < 4; ++r) {
+        const int64_t i = i0 + 4 * ty() + r;
+        const bool sees_nothing = softmax.sum[r] == 0.f;
+        factor[r] = sees_nothing ? 0.f : dropout_scale / softmax.sum[r];
+        if (tx() == 0 && i < p.seqlen_q) {
+            static_cast<float*>(p.lse.data)[b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]] =
+                sees_nothing ? -INFINITY : softmax.max[r] + logf(softmax.sum[r]);
+        }
     }
-  }
-  write(head_matrix<T>(p.out, b, h, p.seqlen_q, p.head_dim_v).from(i0, 0), o, factor);
+    write(head_matrix<T>(p.out, b, h, p.seqlen_q, p.head_dim_v).from(i0, 0), o, factor);
 }
 
 }  // namespace
 
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& p, void* stream) {
-  const int64_t tiles = (p.seqlen_q + kBlock - 1) / kBlock;
-  launch(forward_kernel<T, kHeadDim>, tiles * p.heads_q * p.batch, kThreads, p, stream);
+    const int64_t tiles = (p.seqlen_q + kBlock - 1) / kBlock;
+    launch(forward_kernel<T, kHeadDim>, tiles * p.heads_q * p.batch, kThreads, p, stream);
 }
 
 template void forward<FASTATTN_DTYPE, FASTATTN_HEAD_DIM>(const AttentionParams&, void*);

@@ -20,13 +20,13 @@ constexpr int kPitch = kBlock + 4;  // floats from row to row in shared memory, 
 using Accumulator = float[4][4];
 
 struct alignas(16) Vector4 {
-  float at[4];
+    float at[4];
 };
 
 struct Shared {
-  alignas(16) float x[kInner][kPitch];
-  alignas(16) float y[kInner][kPitch];
-  alignas(16) float exchange[kBlock][kPitch];  // a tile of P or dS on its way to being an operand
+    alignas(16) float x[kInner][kPitch];
+    alignas(16) float y[kInner][kPitch];
+    alignas(16) float exchange[kBlock][kPitch];  // a tile of P or dS on its way to being an operand
 };
 
 FASTATTN_DEVICE int ty() { return thread_index() / 16; }
@@ -35,54 +35,54 @@ FASTATTN_DEVICE int tx() { return thread_index() % 16; }
 // A matrix in global memory in any strides; reads outside give 0.
 template <typename T>
 struct Matrix {
-  T* data;
-  int64_t row_stride, col_stride;
-  int64_t rows, cols;
+    T* data;
+    int64_t row_stride, col_stride;
+    int64_t rows, cols;
 
-  FASTATTN_DEVICE Matrix from(int64_t row, int64_t col) const {
-    return {data + row * row_stride + col * col_stride, row_stride, col_stride, rows - row, cols - col};
-  }
+    FASTATTN_DEVICE Matrix from(int64_t row, int64_t col) const {
+        return {data + row * row_stride + col * col_stride, row_stride, col_stride, rows - row, cols - col};
+    }
 };
 
 // The (seq, head_dim) matrix of one head.
 template <typename T>
 FASTATTN_DEVICE Matrix<T> head_matrix(const Tensor4& x, int64_t b, int64_t h, int64_t rows, int64_t cols) {
-  return {static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1], x.stride[2], x.stride[3], rows, cols};
+    return {static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1], x.stride[2], x.stride[3], rows, cols};
 }
 
 template <typename T>
 FASTATTN_DEVICE float read(const Matrix<T>& m, int row, int col) {
-  return row < m.rows && col < m.cols ? to_float(m.data[row * m.row_stride + col * m.col_stride]) : 0.f;
+    return row < m.rows && col < m.cols ? to_float(m.data[row * m.row_stride + col * m.col_stride]) : 0.f;
 }
 
 // x[k][row] = m[row][k] for kBlock rows and kInner columns. Neighbouring threads follow the contiguous dimension.
 template <typename T>
 FASTATTN_DEVICE void load_transposed(float (*x)[kPitch], const Matrix<T>& m) {
-  const bool along_row = m.col_stride == 1;
+    const bool along_row = m.col_stride == 1;
 #pragma unroll 2
-  for (int n = 0; n < kBlock * kInner / kThreads; ++n) {
-    const int e = n * kThreads + thread_index();
-    const int row = along_row ? e / kInner : e % kBlock;
-    const int col = along_row ? e % kInner : e / kBlock;
-    x[col][row] = read(m, row, col);
-  }
+    for (int n = 0; n < kBlock * kInner / kThreads; ++n) {
+        const int e = n * kThreads + thread_index();
+        const int row = along_row ? e / kInner : e % kBlock;
+        const int col = along_row ? e % kInner : e / kBlock;
+        x[col][row] = read(m, row, col);
+    }
 }
 
 // y[k][column] = m[k][column] for kInner rows and kBlock columns; whether all that this thread read is finite.
 template <typename T>
 FASTATTN_DEVICE bool load(float (*y)[kPitch], const Matrix<T>& m) {
-  const bool along_row = m.col_stride == 1;
-  bool finite = true;
+    const bool along_row = m.col_stride == 1;
+    bool finite = true;
 #pragma unroll 2
-  for (int n = 0; n < kBlock * kInner / kThreads; ++n) {
-    const int e = n * kThreads + thread_index();
-    const int row = along_row ? e / kBlock : e % kInner;
-    const int col = along_row ? e % kBlock : e / kInner;
-    const float value = read(m, row, col);
-    finite = finite && fabsf(value) <= FLT_MAX;
-    y[row][col] = value;
-  }
-  return finite;
+    for (int n = 0; n < kBlock * kInner / kThreads; ++n) {
+        const int e = n * kThreads + thread_index();
+        const int row = along_row ? e / kBlock : e % kInner;
+        const int col = along_row ? e % kBlock : e / kInner;
+        const float value = read(m, row, col);
+        finite = finite && fabsf(value) <= FLT_MAX;
+        y[row][col] = value;
+    }
+    return finite;
 }
 
 // acc[r][c] += sum_k x[k][4 ty + r] y[k][4 tx + c].
@@ -92,91 +92,91 @@ FASTATTN_DEVICE bool load(float (*y)[kPitch], const Matrix<T>& m) {
 template <bool kSkipInvisible>
 FASTATTN_DEVICE void multiply(Accumulator& acc, const float (*x)[kPitch], const float (*y)[kPitch]) {
 #pragma unroll 4
-  for (int k = 0; k < kInner; ++k) {
-    const Vector4 a = *reinterpret_cast<const Vector4*>(&x[k][4 * ty()]);
-    const Vector4 b = *reinterpret_cast<const Vector4*>(&y[k][4 * tx()]);
+    for (int k = 0; k < kInner; ++k) {
+        const Vector4 a = *reinterpret_cast<const Vector4*>(&x[k][4 * ty()]);
+        const Vector4 b = *reinterpret_cast<const Vector4*>(&y[k][4 * tx()]);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      if (kSkipInvisible && float_bits(a.at[r]) == 0x80000000u) continue;
+        for (int r = 0; r < 4; ++r) {
+            if (kSkipInvisible && float_bits(a.at[r]) == 0x80000000u) continue;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) acc[r][c] += a.at[r] * b.at[c];
+            for (int c = 0; c < 4; ++c) acc[r][c] += a.at[r] * b.at[c];
+        }
     }
-  }
 }
 
 // acc = a b^T: scores from queries and keys, dP from dO and values. All threads of the block call it.
 template <typename T>
 FASTATTN_DEVICE void dot_rows(Accumulator& acc, Shared& shared, const Matrix<const T>& a, const Matrix<const T>& b) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < 4; ++r) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) acc[r][c] = 0.f;
-  }
-  for (int64_t k = 0; k < a.cols; k += kInner) {
-    barrier();
-    load_transposed(shared.x, a.from(0, k));
-    load_transposed(shared.y, b.from(0, k));
-    barrier();
-    multiply<false>(acc, shared.x, shared.y);
-  }
+        for (int c = 0; c < 4; ++c) acc[r][c] = 0.f;
+    }
+    for (int64_t k = 0; k < a.cols; k += kInner) {
+        barrier();
+        load_transposed(shared.x, a.from(0, k));
+        load_transposed(shared.y, b.from(0, k));
+        barrier();
+        multiply<false>(acc, shared.x, shared.y);
+    }
 }
 
 // exchange[row][column] = tile, or its transpose.
 template <bool kTranspose>
 FASTATTN_DEVICE void store_exchange(Shared& shared, const Accumulator& tile) {
-  barrier();
+    barrier();
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    Vector4 line;
+    for (int n = 0; n < 4; ++n) {
+        Vector4 line;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) line.at[m] = kTranspose ? tile[m][n] : tile[n][m];
-    float* to = kTranspose ? &shared.exchange[4 * tx() + n][4 * ty()] : &shared.exchange[4 * ty() + n][4 * tx()];
-    *reinterpret_cast<Vector4*>(to) = line;
-  }
+        for (int m = 0; m < 4; ++m) line.at[m] = kTranspose ? tile[m][n] : tile[n][m];
+        float* to = kTranspose ? &shared.exchange[4 * tx() + n][4 * ty()] : &shared.exchange[4 * ty() + n][4 * tx()];
+        *reinterpret_cast<Vector4*>(to) = line;
+    }
 }
 
 // acc[chunk] += exchange^T y[:, 64 chunk ..] for kBlock rows of y: P V, P^T dO, dS K, dS^T Q.
 template <int kChunks, typename T>
 FASTATTN_DEVICE void accumulate(Accumulator (&acc)[kChunks], Shared& shared, const Matrix<const T>& y) {
 #pragma unroll 1
-  for (int k = 0; k < kBlock; k += kInner) {
-    if (k >= y.rows) break;
+    for (int k = 0; k < kBlock; k += kInner) {
+        if (k >= y.rows) break;
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      if (chunk * kBlock >= y.cols) break;
-      barrier();
-      const bool finite = load(shared.y, y.from(k, chunk * kBlock));
-      if (barrier_or(!finite)) {
-        multiply<true>(acc[chunk], shared.exchange + k, shared.y);
-      } else {
-        multiply<false>(acc[chunk], shared.exchange + k, shared.y);
-      }
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            if (chunk * kBlock >= y.cols) break;
+            barrier();
+            const bool finite = load(shared.y, y.from(k, chunk * kBlock));
+            if (barrier_or(!finite)) {
+                multiply<true>(acc[chunk], shared.exchange + k, shared.y);
+            } else {
+                multiply<false>(acc[chunk], shared.exchange + k, shared.y);
+            }
+        }
     }
-  }
 }
 
 template <int kChunks>
 FASTATTN_DEVICE void clear(Accumulator (&acc)[kChunks]) {
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
-    for (int e = 0; e < 16; ++e) acc[chunk][e / 4][e % 4] = 0.f;
-  }
+        for (int e = 0; e < 16; ++e) acc[chunk][e / 4][e % 4] = 0.f;
+    }
 }
 
 // to[row][column] = factor[r] * acc, for the rows and columns that exist.
 template <int kChunks, typename T>
 FASTATTN_DEVICE void write(const Matrix<T>& to, const Accumulator (&acc)[kChunks], const float (&factor)[4]) {
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
-    for (int e = 0; e < 16; ++e) {
-      const int r = e / 4, row = 4 * ty() + r, col = chunk * kBlock + 4 * tx() + e % 4;
-      if (row < to.rows && col < to.cols) {
-        from_float(acc[chunk][r][e % 4] * factor[r], to.data[row * to.row_stride + col * to.col_stride]);
-      }
+        for (int e = 0; e < 16; ++e) {
+            const int r = e / 4, row = 4 * ty() + r, col = chunk * kBlock + 4 * tx() + e % 4;
+            if (row < to.rows && col < to.cols) {
+                from_float(acc[chunk][r][e % 4] * factor[r], to.data[row * to.row_stride + col * to.col_stride]);
+            }
+        }
     }
-  }
 }
 
 }  // namespace fastattn::cuda::simt
