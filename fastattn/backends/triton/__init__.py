@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -17,14 +16,11 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Gradients
-from fastattn.backends.triton.configs import KERNELS, SMALLEST_BLOCK, config
+from fastattn.backends.triton.configs import INTERPRET, KERNELS, SMALLEST_BLOCK, config
 from fastattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from fastattn.backends.triton.launch import Launch
-
-#: Triton decides when a kernel is defined whether it is interpreted.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

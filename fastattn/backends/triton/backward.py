@@ -12,11 +12,13 @@ import triton.language as tl
 from fastattn.backends.triton.common import (
     INF,
     LOG2E,
-    accumulate,
+    careful_product,
     exponential,
     has_nonfinite,
     kept,
     load_tile,
+    matmul,
+    product,
     scores,
     store_tile,
     window_tiles,
@@ -99,8 +101,8 @@ def _dkdv_queries(
         do = load_tile(grad_out, start_m, sizes[2], grad_out_stride, BLOCK_M, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
         i = start_m + tl.arange(0, BLOCK_M)
         row_lse, row_delta = _load_rows(lse, delta, i, sizes, F)
-        kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.PRECISION)
-        dp = tl.dot(v_tile, tl.trans(do), input_precision=F.PRECISION)
+        kq = matmul(k_tile, tl.trans(q_tile), F)
+        dp = matmul(v_tile, tl.trans(do), F)
         keep = None
         if F.DROPOUT:
             keep = tl.trans(kept(dropout[0], dropout[1], bh, start_m, start_n, BLOCK_M, BLOCK_N))
@@ -108,8 +110,16 @@ def _dkdv_queries(
             kq, dp, row_lse[None, :], row_delta[None, :], keep, i[None, :], j, sizes, scales[0], scales[2],
             mask, mask_stride, bias, bias_stride, F, EDGE,
         )  # fmt: skip
-        dv = accumulate(dv, weights, do, visible, F, CAREFUL)
-        dk = accumulate(dk, ds, q_tile, visible, F, CAREFUL)
+        if CAREFUL:
+            dv = careful_product(
+                weights, visible, grad_out, start_m, sizes[2], grad_out_stride, dv, BLOCK_M, F.HEAD_DIM_V, F.BLOCK_DV
+            )
+            dk = careful_product(
+                ds, visible, q, start_m, sizes[2], q_stride, dk, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK
+            )
+        else:
+            dv = product(weights, do, dv, F)
+            dk = product(ds, q_tile, dk, F)
     return dk, dv
 
 
@@ -212,8 +222,8 @@ def _dq_keys(
     for start_n in tl.range(first, last, BLOCK_N):
         k_tile = load_tile(k, start_n, sizes[3], k_stride, BLOCK_N, F.HEAD_DIM_QK, F.BLOCK_DQK, EDGE)
         v_tile = load_tile(v, start_n, sizes[3], v_stride, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.PRECISION)
-        dp = tl.dot(do, tl.trans(v_tile), input_precision=F.PRECISION)
+        qk = matmul(q_tile, tl.trans(k_tile), F)
+        dp = matmul(do, tl.trans(v_tile), F)
         keep = None
         if F.DROPOUT:
             keep = kept(dropout[0], dropout[1], bh, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -222,7 +232,10 @@ def _dq_keys(
             qk, dp, row_lse[:, None], row_delta[:, None], keep, i, j, sizes, scales[0], scales[2],
             mask, mask_stride, bias, bias_stride, F, EDGE,
         )  # fmt: skip
-        dq = accumulate(dq, ds, k_tile, visible, F, CAREFUL)
+        if CAREFUL:
+            dq = careful_product(ds, visible, k, start_n, sizes[3], k_stride, dq, BLOCK_N, F.HEAD_DIM_QK, F.BLOCK_DQK)
+        else:
+            dq = product(ds, k_tile, dq, F)
     return dq
 
 
@@ -341,8 +354,8 @@ def dbias_kernel(
                 for start_n in tl.range(begin, end, BLOCK_N):
                     k_tile = load_tile(k_head, start_n, sizes[3], k_stride, BLOCK_N, F.HEAD_DIM_QK, F.BLOCK_DQK, True)
                     v_tile = load_tile(v_head, start_n, sizes[3], v_stride, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV, True)
-                    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.PRECISION)
-                    dp = tl.dot(do, tl.trans(v_tile), input_precision=F.PRECISION)
+                    qk = matmul(q_tile, tl.trans(k_tile), F)
+                    dp = matmul(do, tl.trans(v_tile), F)
                     keep = None
                     if F.DROPOUT:
                         keep = kept(seed, threshold, bh, start_m, start_n, BLOCK_M, BLOCK_N)

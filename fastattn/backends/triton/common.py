@@ -9,12 +9,15 @@ Conventions of all kernels:
 - Scores are in base-2 units (multiplied by log2(e)) unless there is a bias: finfo.min * log2(e) is -inf.
 - ``F`` is a :class:`~fastattn.backends.triton.configs.Features`; a feature that is off costs nothing.
 - ``EDGE`` loops see tiles that reach over a sequence's end or the window's edge; the others do not look at indices.
-- ``CAREFUL`` loops keep 0 * NaN and 0 * inf of invisible entries out of the sums, see :func:`accumulate`.
+- ``CAREFUL`` loops keep 0 * NaN and 0 * inf of invisible entries out of the sums, see :func:`careful_product`.
 """
 
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.configs import INTERPRET
+
+INTERPRETED = tl.constexpr(INTERPRET)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
@@ -134,20 +137,40 @@ def kept(seed, threshold, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def accumulate(acc, weights, x, visible, F: tl.constexpr, CAREFUL: tl.constexpr):
-    """acc + weights @ x, with weights (M, N) zero where invisible and x (N, D).
+def matmul(a, b, F: tl.constexpr):
+    """a @ b in float32."""
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16; a product of float32 copies is exact
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=F.PRECISION)
 
-    CAREFUL: non-finite elements of x are taken out of the product and reach only the rows that see them; NaN is
-    added as +inf and -inf at once.
+
+@triton.jit
+def product(weights, x, acc, F: tl.constexpr):
+    """acc + weights @ x, with the weights (float32) rounded to the type of x."""
+    weights = weights.to(x.dtype)
+    if INTERPRETED:
+        weights = weights.to(tl.float32)
+        x = x.to(tl.float32)
+    return tl.dot(weights, x, acc, input_precision=F.PRECISION)
+
+
+@triton.jit
+def careful_product(
+    weights, visible, x, start, count, stride, acc, BLOCK: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    """acc + weights @ x[start : start + BLOCK], where a row of x reaches only the rows of acc that see it.
+
+    One row of x after the other, which needs no registers beyond acc. 0 * NaN of an invisible entry is not formed.
     """
-    if CAREFUL:
-        seen = visible.to(x.dtype)
-        rises = ((x == INF) | (x != x)).to(x.dtype)
-        falls = ((x == -INF) | (x != x)).to(x.dtype)
-        acc += tl.where(tl.dot(seen, rises, input_precision=F.PRECISION) > 0.0, INF, 0.0)
-        acc += tl.where(tl.dot(seen, falls, input_precision=F.PRECISION) > 0.0, -INF, 0.0)
-        x = tl.where((x == x) & (tl.abs(x) != INF), x, 0.0).to(x.dtype)
-    return tl.dot(weights.to(x.dtype), x, acc, input_precision=F.PRECISION)
+    index = tl.arange(0, BLOCK)[None, :]
+    col = tl.arange(0, BLOCK_COLS)
+    for n in tl.range(0, tl.minimum(BLOCK, count - start)):
+        row = tl.load(x + tl.cast(start + n, tl.int64) * stride[2] + col.to(tl.int64) * stride[3], mask=col < COLS, other=0.0)
+        weight = tl.sum(tl.where(index == n, weights, 0.0), 1)
+        seen = tl.max(tl.where((index == n) & visible, 1, 0), 1)
+        acc += tl.where(seen[:, None] != 0, weight[:, None] * row.to(tl.float32)[None, :], 0.0)
+    return acc
 
 
 @triton.jit

@@ -6,11 +6,13 @@ import triton.language as tl
 from fastattn.backends.triton.common import (
     INF,
     LN2,
-    accumulate,
+    careful_product,
     exponential,
     has_nonfinite,
     kept,
     load_tile,
+    matmul,
+    product,
     scores,
     store_tile,
     window_tiles,
@@ -47,7 +49,7 @@ def _attend(
     i = (start_m + tl.arange(0, BLOCK_M))[:, None]
     for start_n in tl.range(first, last, BLOCK_N):
         k_tile = load_tile(k, start_n, sizes[3], k_stride, BLOCK_N, F.HEAD_DIM_QK, F.BLOCK_DQK, EDGE)
-        qk = tl.dot(q, tl.trans(k_tile), input_precision=F.PRECISION)
+        qk = matmul(q, tl.trans(k_tile), F)
         j = (start_n + tl.arange(0, BLOCK_N))[None, :]
         s, visible = scores(qk, i, j, sizes, scale, mask, mask_stride, bias, bias_stride, F, EDGE)
         if EDGE or F.MASK != "none" or F.BIAS != "none":
@@ -66,8 +68,13 @@ def _attend(
         acc = acc * shrink[:, None]
         if F.DROPOUT:
             p = tl.where(kept(dropout[0], dropout[1], bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
-        v_tile = load_tile(v, start_n, sizes[3], v_stride, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
-        acc = accumulate(acc, p, v_tile, visible, F, CAREFUL)
+        if CAREFUL:
+            acc = careful_product(
+                p, visible, v, start_n, sizes[3], v_stride, acc, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV
+            )
+        else:
+            v_tile = load_tile(v, start_n, sizes[3], v_stride, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
+            acc = product(p, v_tile, acc, F)
         maximum = new_maximum
     return acc, total, maximum
 
@@ -115,7 +122,7 @@ def forward_kernel(
     q += b * q_stride[0] + h * q_stride[1]
     q_tile = load_tile(q, start_m, sizes[2], q_stride, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK, True)
     if F.NEGATE:
-        q_tile = -q_tile
+        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
     dropout = (seed, threshold)
     begin, full_begin, full_end, end = window_tiles(
         start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI
@@ -125,7 +132,6 @@ def forward_kernel(
         tl.zeros((BLOCK_M,), tl.float32),
         tl.full((BLOCK_M,), -INF, tl.float32),
     )
-    nothing = state
     if F.HAS_LO:
         state = _attend(
             state, begin, tl.minimum(full_begin, end), q_tile, k, v, k_stride, v_stride, mask, mask_stride,
@@ -143,8 +149,14 @@ def forward_kernel(
     if F.RESTRICTED:
         # 0 * NaN of an invisible value may have entered: rare, so it is looked for once, and then all is done again.
         if has_nonfinite(acc, start_m, sizes[2], BLOCK_M):
+            acc = tl.zeros((BLOCK_M, F.BLOCK_DV), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            maximum = tl.full((BLOCK_M,), -INF, tl.float32)
+            q_tile = load_tile(q, start_m, sizes[2], q_stride, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK, True)
+            if F.NEGATE:
+                q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
             acc, total, maximum = _attend(
-                nothing, begin, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
+                (acc, total, maximum), begin, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
                 bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, True,
             )  # fmt: skip
 
