@@ -42,7 +42,7 @@ class Bench:
 
     @property
     def budget_s(self) -> float:
-        return 0.05 if self.quick else 0.7 if self.device.type == "cpu" else 0.25
+        return 0.05 if self.quick else 0.4 if self.device.type == "cpu" else 0.25
 
     @property
     def directions(self) -> tuple[str, ...]:

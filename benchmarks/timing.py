@@ -13,7 +13,8 @@ import torch
 Call = Callable[[], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
-CPU_SAMPLE_S = 2e-3  # a CPU sample repeats its call until it lasts about this long
+CPU_SAMPLE_MS = 2.0  # a CPU sample repeats its call until it lasts about this long
+SLOW_MS = 100.0  # a call this slow is warmed up once, any other twice
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class _Cpu:
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        elapsed = time.perf_counter() - start
-        if name not in self.repeats:
-            self.repeats[name] = max(1, round(CPU_SAMPLE_S / max(elapsed, 1e-7)))
-        return elapsed / repeats * 1e3
+        return (time.perf_counter() - start) / repeats * 1e3
+
+    def calibrate(self, name: str, call: Call) -> None:
+        self.repeats[name] = max(1, round(CPU_SAMPLE_MS / max(self.once(name, call), 1e-4)))
 
 
 class _Cuda:
@@ -71,6 +72,9 @@ class _Cuda:
         end.synchronize()
         return start.elapsed_time(end)
 
+    def calibrate(self, name: str, call: Call) -> None:
+        self.once(name, call)  # a call is timed alone; this one only warms up
+
 
 def time_calls(calls: Mapping[str, Call], device: torch.device, budget_s: float = 1.0) -> dict[str, Sample]:
     """Median, p20 and p80 of every call, in rounds of shuffled order, for about ``budget_s`` seconds.
@@ -78,9 +82,9 @@ def time_calls(calls: Mapping[str, Call], device: torch.device, budget_s: float 
     At least 3 rounds are made however slow the calls are, at most 50.
     """
     clock = _Cuda(device) if device.type == "cuda" else _Cpu()
-    for name, call in calls.items():  # warm-up: compiles, fills allocator and thread pools
-        call()
-        clock.once(name, call)
+    for name, call in calls.items():  # warm-up: compiles, fills allocator and thread pools, sets the repeats
+        if clock.once(name, call) < SLOW_MS:
+            clock.calibrate(name, call)
     order = list(calls)
     shuffle = random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in calls}
