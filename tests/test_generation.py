@@ -131,6 +131,15 @@ def test_explicit_padding_overrides_the_padding_id() -> None:
     assert torch.equal(ft.generate_greedy(model, padded, max_new_tokens=5, padding=mask), expected)
 
 
+def test_generated_padding_ids_are_tokens() -> None:
+    model = lively(ft.CausalLM(config(norm_first=True)))
+    prompt = F.pad(tokens(32, 4), (1, 0), value=PAD)
+    cached = ft.generate_greedy(model, prompt, max_new_tokens=2 * NEW)
+    assert (cached[:, : -NEW // 2] == PAD).any(dim=1).sum() > 4
+    assert torch.equal(cached, ft.generate_greedy(model, prompt, max_new_tokens=2 * NEW, use_cache=False))
+    assert torch.equal(cached, ft.generate_greedy(model, prompt[:, 1:], max_new_tokens=2 * NEW))
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_each_token_is_the_most_likely_one(use_cache: bool) -> None:
     model = lively(ft.CausalLM(config(padding_id=None)))

@@ -269,6 +269,17 @@ def test_dropout() -> None:
     assert torch.equal(model(src, tgt), model(src, tgt))
 
 
+def test_dropping_everything_leaves_the_residual() -> None:
+    x, memory = sequence(T), sequence(S)
+    encoder = perturb(ft.TransformerEncoderLayer(**layer_args(dropout=1.0)))
+    assert torch.equal(encoder(x), encoder.norm2(encoder.norm1(x)))
+    assert torch.equal(encoder._feed_forward(x), encoder.linear2.bias.expand_as(x))
+    decoder = perturb(ft.TransformerDecoderLayer(**layer_args(dropout=1.0)))
+    assert torch.equal(decoder(x, memory), decoder.norm3(decoder.norm2(decoder.norm1(x))))
+    decoder = perturb(ft.TransformerDecoderLayer(**layer_args(dropout=1.0, norm_first=True)))
+    assert torch.equal(decoder(x, memory), x)
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_fully_padded_sequences_are_finite(norm_first: bool) -> None:
     model = ft.Transformer(**model_args(norm_first=norm_first))

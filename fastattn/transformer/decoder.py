@@ -37,7 +37,7 @@ class TransformerDecoder(nn.Module):
 
         Args:
             tgt_is_causal: no target position sees a later one. None (default) is False: a causal ``tgt_mask`` is
-                applied as any other mask is; ``tgt_is_causal=True``, with or without it, is the faster way.
+                applied as any other mask is; ``tgt_is_causal=True`` without a mask is the faster way.
             caches: one :class:`KVCache` per layer for the target, for incremental decoding.
             memory_caches: one :class:`KVCache` per layer for the memory, filled by the first call.
         """

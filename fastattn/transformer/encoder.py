@@ -57,7 +57,7 @@ class TransformerEncoder(nn.Module):
 
         Args:
             is_causal: no position sees a later one. None (default) is False: a causal ``mask`` is applied as any
-                other mask is, without torch's attempt to recognise it; ``is_causal=True`` is the faster way.
+                other mask is, without torch's attempt to recognise it; ``is_causal=True`` without one is faster.
             caches: one :class:`KVCache` per layer, for incremental decoding.
         """
         x = src
