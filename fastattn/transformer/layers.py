@@ -120,7 +120,7 @@ class TransformerEncoderLayer(TransformerLayer):
             src: ``(batch, seq, d_model)``, ``(seq, batch, d_model)`` unless ``batch_first``, or ``(seq, d_model)``.
             src_mask: ``(seq, seq)`` or ``(batch * nhead, seq, seq)``; bool (True = masked) or float (added).
             src_key_padding_mask: ``(batch, seq)``, bool (True = padding) or float (added).
-            is_causal: no position sees a later one. Needs no ``src_mask``; beside one it is a hint, the mask is applied.
+            is_causal: no position sees a later one. Needs no ``src_mask``; beside one it is only a hint.
             cache: keys and values of the positions before ``src``; those of ``src`` are appended. The padding mask
                 then covers the cached positions too.
         """
