@@ -62,16 +62,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from benchmarks.report import tables, write_report
+    from benchmarks.report import make_console, tables, write_report
     from benchmarks.rows import Results
 
     for name in options.what[1:]:
         path = Path(name)
         results = Results.load(path)
         for table in tables(results):
-            Console().print(table.rich())
+            make_console().print(table.rich())
         for written in write_report(results, options.out or path.parent):
             print(f"written: {written}")
     return 0

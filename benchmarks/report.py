@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.rows import Results, Row, distinct
-
-WRAPPED = ("of parameter", "verdict", "case")  # columns that a narrow terminal may fold
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,22 @@ class Table:
         return "\n".join([f"### {self.title}", "", *body, "", *(f"{note}\n" for note in self.notes)])
 
     def rich(self) -> RichTable:
+        notes = "\n".join(self.notes) or None
         table = RichTable(
-            title=self.title, caption="\n".join(self.notes) or None, title_justify="left", caption_justify="left"
+            title=self.title, caption=notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
         )
         for header in self.headers:
-            table.add_column(header, overflow="fold", no_wrap=header not in WRAPPED)
+            table.add_column(header, overflow="fold", min_width=6)
         for row in self.rows:
             style = "bold red" if any("FAILED" in cell or "wrong:" in cell for cell in row) else None
             table.add_row(*row, style=style)
         return table
+
+
+def make_console() -> Console:
+    """The terminal; a log, which has no width to keep to, gets 140 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _number(x: float | None, reason: str = "") -> str:
@@ -58,6 +65,7 @@ def check_table(checks: Sequence[dict]) -> Table:
     rows = [
         [
             c["model"],
+            c["size"],
             "naive" if c["backend"] == "reference" else c["backend"],
             c["dtype"],
             against(c["output_error"], c["output_limit"]),
@@ -67,16 +75,23 @@ def check_table(checks: Sequence[dict]) -> Table:
         ]
         for c in checks
     ]
-    headers = ["model", "backend", "dtype", "output error, limit", "gradient error, limit", "of parameter", "verdict"]
-    sizes = [f"{model}: {size}." for model, size in distinct((c["model"], c["size"]) for c in checks)]
+    headers = [
+        "model",
+        "size",
+        "backend",
+        "dtype",
+        "output error, limit",
+        "gradient error, limit",
+        "of parameter",
+        "verdict",
+    ]
     return Table(
         "check",
         headers,
         rows,
         (
-            "Errors against float64, as fractions of its largest value. "
-            "limit: 2 × the naive error + 8 eps(dtype). Every parameter's gradient is checked; the worst is shown.",
-            *sizes,
+            "Error against float64 ≤ limit, as fractions of the largest value; limit: 2 × the naive error + 8 eps. "
+            "Every parameter's gradient is checked; worst is the one nearest its limit.",
         ),
     )
 
@@ -192,28 +207,28 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def _panel(row: Row) -> tuple[str, str, int, bool]:
-    return row.dtype, row.direction, row.labels["head_dim"], row.labels["causal"]
+def _panel(row: Row) -> tuple[str, int, str, bool]:
+    return row.dtype, row.labels["head_dim"], row.direction, row.labels["causal"]
 
 
 def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
-    """Speed against sequence length: a column of panels per head dimension and mask, a row per dtype and direction."""
+    """Speed against sequence length: a row of panels per dtype and head dimension, a column per direction and mask."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    down = distinct((row.dtype, row.direction) for row in rows)
-    across = sorted(distinct((row.labels["head_dim"], row.labels["causal"]) for row in rows))
+    down = distinct(_panel(row)[:2] for row in rows)
+    across = sorted(distinct(_panel(row)[2:] for row in rows))
     contenders = distinct(row.contender for row in rows)
     colours = dict(zip(contenders, plt.get_cmap("tab10").colors, strict=False))
     large = results.machine["device_type"] == "cuda"
     unit, factor = ("TFLOP/s", 1e-3) if large else ("GFLOP/s", 1.0)
     figure, axes = plt.subplots(
-        len(down), len(across), figsize=(3.2 * len(across) + 0.6, 2.5 * len(down) + 1), sharex=True, squeeze=False
+        len(down), len(across), figsize=(3.2 * len(across) + 0.6, 2.5 * len(down) + 1), squeeze=False
     )
-    for line, (dtype, direction) in zip(axes, down, strict=True):
-        for axis, (head_dim, causal) in zip(line, across, strict=True):
+    for line, (dtype, head_dim) in zip(axes, down, strict=True):
+        for axis, (direction, causal) in zip(line, across, strict=True):
             labels = {"head_dim": head_dim, "causal": causal}
             panel = [
                 r for r in rows if (r.dtype, r.direction) == (dtype, direction) and labels.items() <= r.labels.items()
@@ -230,7 +245,7 @@ def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
             axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            axis.set_title(f"{dtype}, {direction}\nhead_dim {head_dim}, {'causal' if causal else 'full'}", fontsize=8)
+            axis.set_title(f"{direction}, {'causal' if causal else 'full'}\n{dtype}, head_dim {head_dim}", fontsize=8)
             axis.tick_params(labelsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel(unit, fontsize=8)

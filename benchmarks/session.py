@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks import machine, suites
-from benchmarks.report import check_table, machine_lines, ratio_table, write_report
+from benchmarks.report import check_table, machine_lines, make_console, ratio_table, write_report
 from benchmarks.rows import Results
 from benchmarks.textcheck import check_text, interpreted, read_text
 from fastattn import dispatch
@@ -21,9 +21,7 @@ DEFAULT_OUT = Path(__file__).resolve().parent / "out"
 
 def run(options: argparse.Namespace, device: torch.device, arguments: Sequence[str]) -> int:
     """Run the suites named in ``options``; 0, or 1 if a check failed."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a log has no width to keep to
+    console = make_console()
     results = Results(machine.describe(device, arguments), [])
     for line in machine_lines(results):
         console.print(line, highlight=False)

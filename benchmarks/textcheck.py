@@ -51,7 +51,7 @@ class Size:
         )
 
     def __str__(self) -> str:
-        return f"B{self.batch} S{self.length} E{self.d_model} H{self.nhead} {self.layers} layers"
+        return f"B{self.batch} S{self.length} E{self.d_model} H{self.nhead} L{self.layers}"
 
 
 TINY = Size(batch=2, length=40, d_model=32, nhead=2, layers=1)
