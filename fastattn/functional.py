@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +26,42 @@ def draw_dropout_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, floating tensors in its dtype (float64 stays), as torch's own attention does."""
-    device = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype is not torch.float64 else x
-        for x in tensors
-    )
+def _autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as torch casts for its own attention: floating tensors other than float64."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+# Calls whose tensors have been checked and need no reshaping, by all that the checks look at.
+_known: set[tuple[Any, ...]] = set()
+_MAX_KNOWN = 4096
+
+
+def _signature(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, gqa_hint: str | None
+) -> tuple[Any, ...]:
+    """All that the checks of tensors look at; () when something is not a plain tensor and must be told so."""
+    try:
+        return (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            q.layout,
+            k.layout,
+            v.layout,
+            gqa_hint is None,
+            mask if mask is None else (mask.shape, mask.dtype, mask.device, mask.layout),
+            bias if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
+        )
+    except AttributeError:
+        return ()
 
 
 def _batch_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -69,7 +96,9 @@ def _fold(x: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 def _fold_mask(x: Tensor, batch: tuple[int, ...]) -> Tensor:
     """A mask or bias with four dimensions, size 1 where it is broadcast (over the whole batch, or not at all)."""
-    if x.dim() <= 4 and (len(batch) == 1 or x.dim() < 4):
+    if x.dim() == 4 and len(batch) == 1:
+        return x
+    if x.dim() < 4:
         return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
     if math.prod(x.shape[:-3]) == 1:
         return x.reshape(1, *x.shape[-3:])
@@ -103,21 +132,32 @@ def _call(
     mask_name: str | None = None,
 ) -> tuple[tuple[Tensor | None, ...], ops.Call, tuple[int, ...]]:
     """Validate and normalise: the operator's tensors, its other arguments, and the batch shape to give back."""
-    check_tensors(query, key, value)
-    query, key, value, bias = _autocast(query, key, value, bias)  # type: ignore[assignment]
-    batch = _batch_shape(query, key, value)
-    q, k, v = _fold(query, batch), _fold(key, batch), _fold(value, batch)
-    check_shapes(q, k, v, gqa_hint)
     check_scale(softmax_scale)
     check_dropout(dropout_p)
-    if mask is not None or bias is not None:
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(x) for x in (query, key, value))
+    signature = () if torch.compiler.is_compiling() else _signature(query, key, value, mask, bias, gqa_hint)
+    if signature in _known:
+        q, k, v = query, key, value
+        batch: tuple[int, ...] = q.shape[:1]
+    else:
+        check_tensors(query, key, value)
+        batch = _batch_shape(query, key, value)
+        q, k, v = _fold(query, batch), _fold(key, batch), _fold(value, batch)
+        check_shapes(q, k, v, gqa_hint)
         full = (*batch, q.shape[1], q.shape[2], k.shape[2])[-query.dim() :]
         if mask is not None:
             check_mask(mask, q, full, mask_name or "mask")
-            mask = _fold_mask(mask, batch)
         if bias is not None:
             check_bias(bias, q, full, mask_name or "bias")
-            bias = _fold_mask(bias, batch)
+        if signature and q is query and k is key and v is value:
+            if len(_known) >= _MAX_KNOWN:
+                _known.clear()
+            _known.add(signature)
+    if mask is not None:
+        mask = _fold_mask(mask, batch)
+    if bias is not None:
+        bias = _fold_mask(bias, batch)
     if dropout_p == 0:
         dropout_seed = None
     elif dropout_seed is None:
@@ -215,7 +255,7 @@ def attention(
     tensors, call, batch = _call(
         query, key, value, mask, bias, _window(causal, window), offset, softmax_scale, dropout_p, dropout_seed, backend
     )
-    out, lse = ops.attention_forward(*tensors, *call)
+    out, lse = ops.run_forward(*tensors, *call)
     out = _unfold(out, query, batch)
     return (out, _unfold(lse, query, batch)) if return_lse else out
 
@@ -266,7 +306,7 @@ def scaled_dot_product_attention(
     tensors, call, batch = _call(
         query, key, value, mask, bias, window, 0, scale, dropout_p, None, None, gqa_hint=hint, mask_name="attn_mask"
     )
-    out, _ = ops.attention_forward(*tensors, *call)
+    out, _ = ops.run_forward(*tensors, *call)
     return _unfold(out, query, batch)
 
 

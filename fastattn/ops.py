@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.backends.base import Backend, empty_like_layout
+from fastattn.backends.base import Backend, empty_like_layout, empty_lse
 from fastattn.spec import AttentionSpec
 
 _CALL = (
@@ -88,17 +88,12 @@ def _plan(
     return plan
 
 
-def _empty_lse(q: Tensor) -> Tensor:
-    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None, *call: Any
 ) -> tuple[Tensor, Tensor]:
     spec, backend = _plan(q, k, v, mask, bias, call)
     if backend is None:
-        return empty_like_layout(q, spec.head_dim_v).zero_(), _empty_lse(q).fill_(-math.inf)
+        return empty_like_layout(q, spec.head_dim_v).zero_(), empty_lse(q).fill_(-math.inf)
     return backend.forward(spec, q, k, v, mask, bias, dropout_seed)
 
 
@@ -130,7 +125,7 @@ def _backward(
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None, *call: Any
 ) -> tuple[Tensor, Tensor]:
-    return empty_like_layout(q, v.shape[3]), _empty_lse(q)
+    return empty_like_layout(q, v.shape[3]), empty_lse(q)
 
 
 def _backward_fake(
@@ -204,20 +199,18 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, _, bias = arguments[:5]
-    if _requires_grad(q, k, v, bias):
+    q, k, v, _, bias, *_ = arguments
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _Attention.apply(*arguments)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*arguments)
 
 
 def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _requires_grad(*(x for x in arguments if isinstance(x, Tensor))):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         return _AttentionBackward.apply(*arguments)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(*arguments)
@@ -234,4 +227,8 @@ for _name, _kernel, _autograd, _fake in (
 
 _forward_op = torch.ops.fastattn.attention_forward.default
 _backward_op = torch.ops.fastattn.attention_backward.default
-attention_forward = _forward_op
+
+
+def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``fastattn::attention_forward``; in eager mode past the dispatcher's autograd layer, which costs a third."""
+    return _forward_op(*arguments) if torch.compiler.is_compiling() else _forward_autograd(*arguments)

@@ -14,7 +14,6 @@ public:
     explicit Backward(const AttentionParams& params) : p_(params), scores_(params) {}
 
     void run() {
-        tiles_.resize(static_cast<size_t>(std::max<int64_t>(1, p_.num_threads)));
         start_dbias();
         for_each_key_head<Head>(p_, bias_shared_by_heads(), [&](int64_t b, int64_t head_k, Head& head, const Run& run) {
             start_head(b, head_k, head, run);
@@ -23,8 +22,8 @@ public:
             for (int64_t g = 0; g < group; ++g) {
                 const int64_t h = head_k * group + g;
                 start_query_head(b, h, head, run);
-                run(key_tiles + query_tiles, [&](int64_t item, int64_t worker) {
-                    Tile& tile = tiles_[static_cast<size_t>(worker)];
+                run(key_tiles + query_tiles, [&](int64_t item) {
+                    Tile& tile = scratch<Tile>();
                     if (item < key_tiles) {  // causal: the longest first, both ways
                         dkdv_tile(b, h, item * kKeyRows, head, g == 0, g == group - 1, tile);
                     } else {
@@ -56,7 +55,7 @@ private:
         head.k.reserve(p_.seqlen_k, p_.head_dim_qk, true, true, true);
         head.v.reserve(p_.seqlen_k, p_.head_dim_v, true, true, false);
         head.k_non_finite = false;
-        run(count(p_.seqlen_k, kPackRows), [&](int64_t item, int64_t) {
+        run(count(p_.seqlen_k, kPackRows), [&](int64_t item) {
             if (pack<T>(p_.k, b, head_k, item * kPackRows, head.k, true, true, true)) head.k_non_finite = true;
             pack<T>(p_.v, b, head_k, item * kPackRows, head.v, true, true, false);
         });
@@ -71,7 +70,7 @@ private:
         const size_t padded = static_cast<size_t>(head.q.padded_seq());
         head.lse.assign(padded, kInfinity<C>);
         head.delta.assign(padded, C(0));
-        run(count(p_.seqlen_q, kPackRows), [&](int64_t item, int64_t) {
+        run(count(p_.seqlen_q, kPackRows), [&](int64_t item) {
             const int64_t first = item * kPackRows, last = std::min(first + kPackRows, p_.seqlen_q);
             if (pack<T>(p_.q, b, h, first, head.q, true, true, true)) head.q_non_finite = true;
             if (pack<T>(p_.grad_out, b, h, first, head.dout, true, true, true)) head.dout_non_finite = true;
@@ -310,7 +309,6 @@ private:
 
     const AttentionParams& p_;
     const Scores<C> scores_;
-    std::vector<Tile> tiles_;
     std::vector<C> dbias_;
 };
 

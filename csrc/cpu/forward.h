@@ -12,21 +12,19 @@ public:
     explicit Forward(const AttentionParams& params) : p_(params), scores_(params) {}
 
     void run() {
-        tiles_.resize(static_cast<size_t>(std::max<int64_t>(1, p_.num_threads)));
         for_each_key_head<Keys>(p_, false, [&](int64_t b, int64_t head_k, Keys& keys, const Run& run) {
             keys.k.reserve(p_.seqlen_k, p_.head_dim_qk, false, true, false);
             keys.v.reserve(p_.seqlen_k, p_.head_dim_v, false, false, true);
             std::atomic<bool> non_finite{false};
-            run((p_.seqlen_k + kPackRows - 1) / kPackRows, [&](int64_t item, int64_t) {
+            run((p_.seqlen_k + kPackRows - 1) / kPackRows, [&](int64_t item) {
                 pack<T>(p_.k, b, head_k, item * kPackRows, keys.k, false, true, false);
                 if (pack<T>(p_.v, b, head_k, item * kPackRows, keys.v, false, false, true)) non_finite = true;
             });
             keys.careful = non_finite && scores_.restricted();
             const int64_t tiles = (p_.seqlen_q + kQueryTile - 1) / kQueryTile, group = p_.heads_q / p_.heads_k;
-            run(tiles * group, [&](int64_t item, int64_t worker) {
+            run(tiles * group, [&](int64_t item) {
                 const int64_t tile = tiles - 1 - item / group;  // causal: the longest first
-                query_tile(b, head_k * group + item % group, tile * kQueryTile, keys,
-                           tiles_[static_cast<size_t>(worker)]);
+                query_tile(b, head_k * group + item % group, tile * kQueryTile, keys, scratch<Tile>());
             });
         });
     }
@@ -142,7 +140,6 @@ private:
 
     const AttentionParams& p_;
     const Scores<C> scores_;
-    std::vector<Tile> tiles_;
 };
 
 }  // namespace fastattn::cpu::FASTATTN_CPU_ISA

@@ -13,8 +13,15 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 constexpr int64_t kQueryTile = 96;  // rows of a tile: a multiple of kTileRows
 constexpr int64_t kKeyTile = 256;   // columns of a tile: a multiple of every panel width; 96 x 256 floats fill 96 KiB
 
-// Runs tiles: run(count, tile(index, worker)).
-using Run = std::function<void(int64_t, const std::function<void(int64_t, int64_t)>&)>;
+// Runs pieces of work: run(count, piece(index)).
+using Run = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
+
+// Scratch memory of the calling thread, kept from call to call: what a short call cannot afford is fresh pages.
+template <typename Tile>
+Tile& scratch() {
+    static thread_local Tile tile;
+    return tile;
+}
 
 // Calls head(b, key_head, workspace, run) for each key head of each batch entry.
 template <typename Workspace, typename Head>
@@ -26,15 +33,15 @@ void for_each_key_head(const AttentionParams& p, bool in_order, const Head& head
     if (one_thread_each && !in_order) {
         std::vector<Workspace> workspaces(static_cast<size_t>(std::min(threads, heads)));
         parallel_for(threads, heads, [&](int64_t index, int64_t worker) {
-            const Run run = [worker](int64_t count, const std::function<void(int64_t, int64_t)>& tile) {
-                for (int64_t item = 0; item < count; ++item) tile(item, worker);
+            const Run run = [](int64_t count, const std::function<void(int64_t)>& piece) {
+                for (int64_t item = 0; item < count; ++item) piece(item);
             };
             head(index / p.heads_k, index % p.heads_k, workspaces[static_cast<size_t>(worker)], run);
         });
     } else {
         Workspace workspace;
-        const Run run = [threads](int64_t count, const std::function<void(int64_t, int64_t)>& tile) {
-            parallel_for(threads, count, tile);
+        const Run run = [threads](int64_t count, const std::function<void(int64_t)>& piece) {
+            parallel_for(threads, count, [&](int64_t item, int64_t) { piece(item); });
         };
         for (int64_t index = 0; index < heads; ++index) head(index / p.heads_k, index % p.heads_k, workspace, run);
     }

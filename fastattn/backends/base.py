@@ -68,5 +68,10 @@ def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:
     batch, heads, seq, dim = x.shape
     dim = dim if head_dim is None else head_dim
     if heads > 1 and seq > 1 and x.stride(1) < x.stride(2):
-        return torch.empty((batch, seq, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
-    return torch.empty((batch, heads, seq, dim), dtype=x.dtype, device=x.device)
+        return x.new_empty((batch, seq, heads, dim)).transpose(1, 2)
+    return x.new_empty((batch, heads, seq, dim))
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """Uninitialised ``(batch, heads_q, seq_q)``, float64 for float64 queries, else float32."""
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)

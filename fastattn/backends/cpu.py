@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, empty_like_layout
+from fastattn.backends.base import Gradients, empty_like_layout, empty_lse
 from fastattn.backends.native import DTYPE_CODES, backward_arguments, forward_arguments
 from fastattn.spec import AttentionSpec
 
@@ -55,7 +55,7 @@ class CpuBackend:
         dropout_seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         out = empty_like_layout(q, spec.head_dim_v)
-        lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=spec.lse_dtype)
+        lse = empty_lse(q)
         arguments = forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse)
         _C.cpu_forward(*arguments, torch.get_num_threads())
         return out, lse
