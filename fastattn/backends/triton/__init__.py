@@ -86,7 +86,7 @@ class TritonBackend:
         backward = [*KERNELS[1:3], *(KERNELS[3:] if spec.needs_bias_grad else ())]
         kernels = [KERNELS[0], *(backward if spec.needs_grad or spec.needs_bias_grad else ())]
         tiles = "; ".join(f"{kernel} {config(arch, bits, f, kernel)}" for kernel in kernels)
-        return f"Triton, {arch}, {f}: {tiles}"
+        return f"Triton, {arch}, {f.describe()}: {tiles}"
 
     def forward(
         self,
@@ -100,8 +100,8 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton.launch import plan_forward
 
-        out, lse, launch = plan_forward(spec, architecture(str(q.device)), q, k, v, mask, bias, dropout_seed)
-        _run([launch], q.device)
+        out, lse, launches = plan_forward(spec, architecture(str(q.device)), q, k, v, mask, bias, dropout_seed)
+        _run(launches, q.device)
         return out, lse
 
     def backward(

@@ -90,17 +90,32 @@ def _probabilities_and_gradient(
 
 @triton.jit
 def _dkdv_queries(
-    dk, dv, first, last, k_tile, v_tile, q, grad_out, lse, delta, q_stride, grad_out_stride, mask, mask_stride,
-    bias, bias_stride, dropout, bh, start_n, sizes, scales,
+    dk, dv, first, last, k_tile, v_tile, q, mask, bias, grad_out, lse, delta, dropout, b, hk, start_n,
+    q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk, dv (BLOCK_N, D) what the queries [first, last) of one head contribute. Tiles are (keys, queries)."""
+    """Adds to dk, dv (BLOCK_N, D) what the queries [first, last) of the heads that share the key head contribute.
+
+    Tiles are (keys, queries). The loop is over heads and tiles of queries at once: one pipeline, fewer registers.
+    """
     j = (start_n + tl.arange(0, BLOCK_N))[:, None]
-    for start_m in tl.range(first, last, BLOCK_M):
-        q_tile = load_tile(q, start_m, sizes[2], q_stride, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK, EDGE)
-        do = load_tile(grad_out, start_m, sizes[2], grad_out_stride, BLOCK_M, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
+    tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK_M)
+    for t in tl.range(0, tiles * sizes[1]):
+        h = hk * sizes[1] + t // tiles
+        start_m = first + t % tiles * BLOCK_M
+        bh = b * sizes[0] + h
+        q_head = q + b * q_stride[0] + h * q_stride[1]
+        grad_out_head = grad_out + b * grad_out_stride[0] + h * grad_out_stride[1]
+        mask_head = mask
+        bias_head = bias
+        if F.MASK != "none":
+            mask_head = mask + b * mask_stride[0] + h * mask_stride[1]
+        if F.BIAS != "none":
+            bias_head = bias + b * bias_stride[0] + h * bias_stride[1]
+        q_tile = load_tile(q_head, start_m, sizes[2], q_stride, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK, EDGE)
+        do = load_tile(grad_out_head, start_m, sizes[2], grad_out_stride, BLOCK_M, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
         i = start_m + tl.arange(0, BLOCK_M)
-        row_lse, row_delta = _load_rows(lse, delta, i, sizes, F)
+        row_lse, row_delta = _load_rows(lse + bh * sizes[2], delta + bh * sizes[2], i, sizes, F)
         kq = matmul(k_tile, tl.trans(q_tile), F)
         dp = matmul(v_tile, tl.trans(do), F)
         keep = None
@@ -108,14 +123,15 @@ def _dkdv_queries(
             keep = tl.trans(kept(dropout[0], dropout[1], bh, start_m, start_n, BLOCK_M, BLOCK_N))
         weights, ds, visible = _probabilities_and_gradient(
             kq, dp, row_lse[None, :], row_delta[None, :], keep, i[None, :], j, sizes, scales[0], scales[2],
-            mask, mask_stride, bias, bias_stride, F, EDGE,
+            mask_head, mask_stride, bias_head, bias_stride, F, EDGE,
         )  # fmt: skip
         if CAREFUL:
             dv = careful_product(
-                weights, visible, grad_out, start_m, sizes[2], grad_out_stride, dv, BLOCK_M, F.HEAD_DIM_V, F.BLOCK_DV
-            )
+                weights, visible, grad_out_head, start_m, sizes[2], grad_out_stride, dv,
+                BLOCK_M, F.HEAD_DIM_V, F.BLOCK_DV,
+            )  # fmt: skip
             dk = careful_product(
-                ds, visible, q, start_m, sizes[2], q_stride, dk, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK
+                ds, visible, q_head, start_m, sizes[2], q_stride, dk, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK
             )
         else:
             dv = product(weights, do, dv, F)
@@ -123,70 +139,23 @@ def _dkdv_queries(
     return dk, dv
 
 
-@triton.jit
-def _dkdv_group(
-    k_tile, v_tile, q, mask, bias, grad_out, lse, delta, dropout, b, hk, start_n,
-    q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """dk (without scale) and dv of one tile of keys, summed over the query heads that share its head."""
-    dk = tl.zeros((BLOCK_N, F.BLOCK_DQK), tl.float32)
-    dv = tl.zeros((BLOCK_N, F.BLOCK_DV), tl.float32)
-    # The window seen from the keys: j sees the queries [j - hi, j - lo].
-    begin, full_begin, full_end, end = window_tiles(
-        start_n, BLOCK_N, sizes[3], sizes[2], -sizes[5], -sizes[4], BLOCK_M, F.HAS_HI, F.HAS_LO
-    )
-    for g in tl.range(0, sizes[1]):
-        h = hk * sizes[1] + g
-        bh = b * sizes[0] + h
-        q_head = q + b * q_stride[0] + h * q_stride[1]
-        grad_out_head = grad_out + b * grad_out_stride[0] + h * grad_out_stride[1]
-        lse_head = lse + bh * sizes[2]
-        delta_head = delta + bh * sizes[2]
-        mask_head = mask
-        bias_head = bias
-        if F.MASK != "none":
-            mask_head = mask + b * mask_stride[0] + h * mask_stride[1]
-        if F.BIAS != "none":
-            bias_head = bias + b * bias_stride[0] + h * bias_stride[1]
-        if CAREFUL:
-            dk, dv = _dkdv_queries(
-                dk, dv, begin, end, k_tile, v_tile, q_head, grad_out_head, lse_head, delta_head, q_stride,
-                grad_out_stride, mask_head, mask_stride, bias_head, bias_stride, dropout, bh, start_n, sizes, scales,
-                F, BLOCK_M, BLOCK_N, True, True,
-            )  # fmt: skip
-        else:
-            if F.HAS_HI:
-                dk, dv = _dkdv_queries(
-                    dk, dv, begin, tl.minimum(full_begin, end), k_tile, v_tile, q_head, grad_out_head, lse_head,
-                    delta_head, q_stride, grad_out_stride, mask_head, mask_stride, bias_head, bias_stride, dropout,
-                    bh, start_n, sizes, scales, F, BLOCK_M, BLOCK_N, True, False,
-                )  # fmt: skip
-            dk, dv = _dkdv_queries(
-                dk, dv, full_begin, full_end, k_tile, v_tile, q_head, grad_out_head, lse_head, delta_head, q_stride,
-                grad_out_stride, mask_head, mask_stride, bias_head, bias_stride, dropout, bh, start_n, sizes, scales,
-                F, BLOCK_M, BLOCK_N, False, False,
-            )  # fmt: skip
-            dk, dv = _dkdv_queries(
-                dk, dv, full_end, end, k_tile, v_tile, q_head, grad_out_head, lse_head, delta_head, q_stride,
-                grad_out_stride, mask_head, mask_stride, bias_head, bias_stride, dropout, bh, start_n, sizes, scales,
-                F, BLOCK_M, BLOCK_N, True, False,
-            )  # fmt: skip
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=["sizes", "threshold"])
 def dkdv_kernel(
-    q, k, v, mask, bias, grad_out, lse, delta, dk, dv, seed,
+    q, k, v, mask, bias, grad_out, lse, delta, dk, dv, seed, broken,
     q_stride, k_stride, v_stride, mask_stride, bias_stride, grad_out_stride, dk_stride, dv_stride,
     sizes, scales, threshold,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAG_BLOCK: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of keys of one key head. ``scales``: of scores, of softmax, of dropout."""
     tiles = tl.cdiv(sizes[3], BLOCK_N)
     start_n = tl.program_id(0) % tiles * BLOCK_N
     heads_k = sizes[0] // sizes[1]
     bhk = (tl.program_id(0) // tiles).to(tl.int64)
+    if F.RESTRICTED:
+        broken += bhk * tl.cdiv(sizes[3], FLAG_BLOCK) + start_n // FLAG_BLOCK
+        if CAREFUL:
+            if tl.load(broken) == 0:
+                return
     b = bhk // heads_k
     hk = bhk % heads_k
     k += b * k_stride[0] + hk * k_stride[1]
@@ -194,17 +163,39 @@ def dkdv_kernel(
     k_tile = load_tile(k, start_n, sizes[3], k_stride, BLOCK_N, F.HEAD_DIM_QK, F.BLOCK_DQK, True)
     v_tile = load_tile(v, start_n, sizes[3], v_stride, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV, True)
     dropout = (seed, threshold)
-    dk_acc, dv_acc = _dkdv_group(
-        k_tile, v_tile, q, mask, bias, grad_out, lse, delta, dropout, b, hk, start_n,
-        q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales, F, BLOCK_M, BLOCK_N, False,
-    )  # fmt: skip
-    if F.RESTRICTED:
-        broken = has_nonfinite(dk_acc, start_n, sizes[3], BLOCK_N) | has_nonfinite(dv_acc, start_n, sizes[3], BLOCK_N)
-        if broken:
-            dk_acc, dv_acc = _dkdv_group(
-                k_tile, v_tile, q, mask, bias, grad_out, lse, delta, dropout, b, hk, start_n,
-                q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales, F, BLOCK_M, BLOCK_N, True,
+    # The window seen from the keys: j sees the queries [j - hi, j - lo].
+    begin, full_begin, full_end, end = window_tiles(
+        start_n, BLOCK_N, sizes[3], sizes[2], -sizes[5], -sizes[4], BLOCK_M, F.HAS_HI, F.HAS_LO, F.WHOLE
+    )
+    dk_acc = tl.zeros((BLOCK_N, F.BLOCK_DQK), tl.float32)
+    dv_acc = tl.zeros((BLOCK_N, F.BLOCK_DV), tl.float32)
+    if CAREFUL:
+        dk_acc, dv_acc = _dkdv_queries(
+            dk_acc, dv_acc, begin, end, k_tile, v_tile, q, mask, bias, grad_out, lse, delta,
+            dropout, b, hk, start_n, q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales,
+            F, BLOCK_M, BLOCK_N, True, True,
+        )  # fmt: skip
+    else:
+        if F.HAS_HI:
+            dk_acc, dv_acc = _dkdv_queries(
+                dk_acc, dv_acc, begin, tl.minimum(full_begin, end), k_tile, v_tile, q, mask, bias, grad_out, lse, delta,
+                dropout, b, hk, start_n, q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales,
+                F, BLOCK_M, BLOCK_N, True, False,
             )  # fmt: skip
+        dk_acc, dv_acc = _dkdv_queries(
+            dk_acc, dv_acc, full_begin, full_end, k_tile, v_tile, q, mask, bias, grad_out, lse, delta,
+            dropout, b, hk, start_n, q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales,
+            F, BLOCK_M, BLOCK_N, False, False,
+        )  # fmt: skip
+        dk_acc, dv_acc = _dkdv_queries(
+            dk_acc, dv_acc, full_end, end, k_tile, v_tile, q, mask, bias, grad_out, lse, delta,
+            dropout, b, hk, start_n, q_stride, mask_stride, bias_stride, grad_out_stride, sizes, scales,
+            F, BLOCK_M, BLOCK_N, True, False,
+        )  # fmt: skip
+    if F.RESTRICTED and not CAREFUL:
+        dk_broken = has_nonfinite(dk_acc, start_n, sizes[3], BLOCK_N)
+        dv_broken = has_nonfinite(dv_acc, start_n, sizes[3], BLOCK_N)
+        tl.store(broken, (dk_broken | dv_broken).to(tl.uint8))
     dk += b * dk_stride[0] + hk * dk_stride[1]
     dv += b * dv_stride[0] + hk * dv_stride[1]
     store_tile(dk, dk_acc * scales[1], start_n, sizes[3], dk_stride, BLOCK_N, F.HEAD_DIM_QK, F.BLOCK_DQK)
@@ -241,10 +232,10 @@ def _dq_keys(
 
 @triton.jit(do_not_specialize=["sizes", "threshold"])
 def dq_kernel(
-    q, k, v, mask, bias, grad_out, lse, delta, dq, seed,
+    q, k, v, mask, bias, grad_out, lse, delta, dq, seed, broken,
     q_stride, k_stride, v_stride, mask_stride, bias_stride, grad_out_stride, dq_stride,
     sizes, scales, threshold,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAG_BLOCK: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of queries."""
     tiles = tl.cdiv(sizes[2], BLOCK_M)
@@ -253,6 +244,11 @@ def dq_kernel(
         tile = tiles - 1 - tile  # longest first
     start_m = tile * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
+    if F.RESTRICTED:
+        broken += bh * tl.cdiv(sizes[2], FLAG_BLOCK) + start_m // FLAG_BLOCK
+        if CAREFUL:
+            if tl.load(broken) == 0:
+                return
     b = bh // sizes[0]
     h = bh % sizes[0]
     hk = h // sizes[1]
@@ -270,29 +266,30 @@ def dq_kernel(
     row_lse, row_delta = _load_rows(lse + bh * sizes[2], delta + bh * sizes[2], i, sizes, F)
     dropout = (seed, threshold)
     begin, full_begin, full_end, end = window_tiles(
-        start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI
+        start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI, F.WHOLE
     )
     acc = tl.zeros((BLOCK_M, F.BLOCK_DQK), tl.float32)
-    if F.HAS_LO:
+    if CAREFUL:
         acc = _dq_keys(
-            acc, begin, tl.minimum(full_begin, end), q_tile, do, row_lse, row_delta, k, v, k_stride, v_stride, mask,
+            acc, begin, end, q_tile, do, row_lse, row_delta, k, v, k_stride, v_stride, mask,
+            mask_stride, bias, bias_stride, dropout, bh, start_m, sizes, scales, F, BLOCK_M, BLOCK_N, True, True,
+        )  # fmt: skip
+    else:
+        if F.HAS_LO:
+            acc = _dq_keys(
+                acc, begin, tl.minimum(full_begin, end), q_tile, do, row_lse, row_delta, k, v, k_stride, v_stride, mask,
+                mask_stride, bias, bias_stride, dropout, bh, start_m, sizes, scales, F, BLOCK_M, BLOCK_N, True, False,
+            )  # fmt: skip
+        acc = _dq_keys(
+            acc, full_begin, full_end, q_tile, do, row_lse, row_delta, k, v, k_stride, v_stride, mask,
+            mask_stride, bias, bias_stride, dropout, bh, start_m, sizes, scales, F, BLOCK_M, BLOCK_N, False, False,
+        )  # fmt: skip
+        acc = _dq_keys(
+            acc, full_end, end, q_tile, do, row_lse, row_delta, k, v, k_stride, v_stride, mask,
             mask_stride, bias, bias_stride, dropout, bh, start_m, sizes, scales, F, BLOCK_M, BLOCK_N, True, False,
         )  # fmt: skip
-    acc = _dq_keys(
-        acc, full_begin, full_end, q_tile, do, row_lse, row_delta, k, v, k_stride, v_stride, mask,
-        mask_stride, bias, bias_stride, dropout, bh, start_m, sizes, scales, F, BLOCK_M, BLOCK_N, False, False,
-    )  # fmt: skip
-    acc = _dq_keys(
-        acc, full_end, end, q_tile, do, row_lse, row_delta, k, v, k_stride, v_stride, mask,
-        mask_stride, bias, bias_stride, dropout, bh, start_m, sizes, scales, F, BLOCK_M, BLOCK_N, True, False,
-    )  # fmt: skip
-    if F.RESTRICTED:
-        if has_nonfinite(acc, start_m, sizes[2], BLOCK_M):
-            acc = _dq_keys(
-                tl.zeros((BLOCK_M, F.BLOCK_DQK), tl.float32), begin, end, q_tile, do, row_lse, row_delta, k, v,
-                k_stride, v_stride, mask, mask_stride, bias, bias_stride, dropout, bh, start_m, sizes, scales,
-                F, BLOCK_M, BLOCK_N, True, True,
-            )  # fmt: skip
+    if F.RESTRICTED and not CAREFUL:
+        tl.store(broken, has_nonfinite(acc, start_m, sizes[2], BLOCK_M).to(tl.uint8))
     dq += b * dq_stride[0] + h * dq_stride[1]
     store_tile(dq, acc * scales[1], start_m, sizes[2], dq_stride, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK)
 
@@ -341,7 +338,7 @@ def dbias_kernel(
             bias_head = bias + b * bias_stride[0] + h * bias_stride[1]
             for start_m in tl.range(first_m, last_m, BLOCK_M):
                 begin, _full_begin, _full_end, end = window_tiles(
-                    start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI
+                    start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI, F.WHOLE
                 )
                 if not SUM_N:
                     begin, end = tl.maximum(begin, own_n), tl.minimum(end, own_n + BLOCK_N)

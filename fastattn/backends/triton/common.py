@@ -9,7 +9,9 @@ Conventions of all kernels:
 - Scores are in base-2 units (multiplied by log2(e)) unless there is a bias: finfo.min * log2(e) is -inf.
 - ``F`` is a :class:`~fastattn.backends.triton.configs.Features`; a feature that is off costs nothing.
 - ``EDGE`` loops see tiles that reach over a sequence's end or the window's edge; the others do not look at indices.
-- ``CAREFUL`` loops keep 0 * NaN and 0 * inf of invisible entries out of the sums, see :func:`careful_product`.
+- Where some key is invisible to some query, 0 * NaN or 0 * inf may enter a sum that must not see it. The kernels look
+  at their sums once, at the end, and mark the tiles that are not finite in ``broken``; a second launch, with CAREFUL,
+  does the marked tiles again by :func:`careful_product`. Apart from the launch that costs nothing.
 """
 
 import triton
@@ -52,12 +54,14 @@ def store_tile(x, value, start, count, stride, BLOCK: tl.constexpr, COLS: tl.con
 
 @triton.jit
 def window_tiles(
-    start, size, count, other_count, lo, hi, BLOCK: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr
-):
+    start, size, count, other_count, lo, hi,
+    BLOCK: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Which of the others (keys, or queries) the rows [start, start + size) see: begin, full_begin, full_end, end.
 
     A row i sees [i + lo, i + hi] of [0, other_count). Some row sees something in [begin, end) only, and in
-    [full_begin, full_end) every row sees everything. begin and full_* are multiples of BLOCK.
+    [full_begin, full_end) every row sees everything. begin and full_* are multiples of BLOCK. WHOLE: a tile of rows
+    that reaches over their end is not full anywhere.
     """
     last = tl.minimum(start + size, count) - 1
     begin = start * 0
@@ -71,7 +75,20 @@ def window_tiles(
         end = tl.minimum(end, tl.maximum(last + hi + 1, 0))
         full_end = tl.minimum(end, tl.maximum(start + hi + 1, 0))
     full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    if WHOLE:
+        full_end = tl.where(start + size > count, full_begin, full_end)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def _load_scores(x, i, j, sizes, stride, inside, KIND: tl.constexpr, EDGE: tl.constexpr):
+    """A tile of a mask or bias; without EDGE, and so without predicates, the loads are wide."""
+    if KIND == "key":
+        return tl.load(x + j.to(tl.int64) * stride[3], mask=j < sizes[3], other=0)
+    elif EDGE:
+        return tl.load(x + i.to(tl.int64) * stride[2] + j.to(tl.int64) * stride[3], mask=inside, other=0)
+    else:
+        return tl.load(x + i.to(tl.int64) * stride[2] + j.to(tl.int64) * stride[3])
 
 
 @triton.jit
@@ -82,26 +99,17 @@ def scores(qk, i, j, sizes, scale, mask, mask_stride, bias, bias_stride, F: tl.c
     of this batch entry and head. Without EDGE, mask and bias everything that exists is visible.
     """
     s = qk * scale
-    inside = (i < sizes[2]) & (j < sizes[3])
-    visible = inside
+    visible = (i < sizes[2]) & (j < sizes[3])
+    inside = visible
     if EDGE:
         if F.HAS_LO:
             visible &= j - i >= sizes[4]
         if F.HAS_HI:
             visible &= j - i <= sizes[5]
-    if F.MASK == "key":
-        seen = tl.load(mask + j.to(tl.int64) * mask_stride[3], mask=j < sizes[3], other=0)
-        visible &= seen != 0
-    elif F.MASK == "full":
-        pointers = mask + i.to(tl.int64) * mask_stride[2] + j.to(tl.int64) * mask_stride[3]
-        visible &= tl.load(pointers, mask=inside, other=0) != 0
-    if F.BIAS == "key":
-        b = tl.load(bias + j.to(tl.int64) * bias_stride[3], mask=j < sizes[3], other=0.0).to(tl.float32)
-        s += b
-        visible &= b != -INF
-    elif F.BIAS == "full":
-        pointers = bias + i.to(tl.int64) * bias_stride[2] + j.to(tl.int64) * bias_stride[3]
-        b = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if F.MASK != "none":
+        visible &= _load_scores(mask, i, j, sizes, mask_stride, inside, F.MASK, EDGE) != 0
+    if F.BIAS != "none":
+        b = _load_scores(bias, i, j, sizes, bias_stride, inside, F.BIAS, EDGE).to(tl.float32)
         s += b
         visible &= b != -INF
     return s, visible
@@ -166,7 +174,8 @@ def careful_product(
     index = tl.arange(0, BLOCK)[None, :]
     col = tl.arange(0, BLOCK_COLS)
     for n in tl.range(0, tl.minimum(BLOCK, count - start)):
-        row = tl.load(x + tl.cast(start + n, tl.int64) * stride[2] + col.to(tl.int64) * stride[3], mask=col < COLS, other=0.0)
+        pointers = x + tl.cast(start + n, tl.int64) * stride[2] + col.to(tl.int64) * stride[3]
+        row = tl.load(pointers, mask=col < COLS, other=0.0)
         weight = tl.sum(tl.where(index == n, weights, 0.0), 1)
         seen = tl.max(tl.where((index == n) & visible, 1, 0), 1)
         acc += tl.where(seen[:, None] != 0, weight[:, None] * row.to(tl.float32)[None, :], 0.0)

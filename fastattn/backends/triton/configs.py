@@ -36,7 +36,13 @@ class Features:
         """Whether a key that exists may be invisible to some query."""
         return self.HAS_LO or self.HAS_HI or self.MASK != "none" or self.BIAS != "none"
 
-    def __str__(self) -> str:
+    @property
+    def WHOLE(self) -> bool:
+        """Whether tiles that are not edges lie inside the sequence in both directions, for a mask's loads."""
+        return self.MASK == "full" or self.BIAS == "full"
+
+    def describe(self) -> str:
+        """What is on, in words. Not ``__str__``: Triton's cache tells kernels apart by the ``str`` of a constant."""
         on = [name.lower() for name in ("HAS_LO", "HAS_HI", "DROPOUT", "NEGATE") if getattr(self, name)]
         on += [f"{name.lower()} by {getattr(self, name)}" for name in ("MASK", "BIAS") if getattr(self, name) != "none"]
         return ", ".join(on) or "plain"
@@ -175,3 +181,10 @@ def config(arch: str, bits: int, features: Features, kernel: str) -> Config:
         return INTERPRETER
     bucket = max(64, features.BLOCK_DQK, features.BLOCK_DV)
     return TABLE[arch, bits, bucket]["dq" if kernel == "dbias" else kernel]
+
+
+def careful_config(features: Features) -> Config:
+    """The config of a second launch that redoes broken tiles row by row; its blocks divide those of every config."""
+    if INTERPRET:
+        return Config(16, 16, 1, 1, "interpreter")
+    return Config(16, 16, 4, 1, "rarely does anything; small, so that it never spills")

@@ -89,6 +89,7 @@ def forward_kernel(
     out,  # (batch, heads_q, seqlen_q, head_dim_v)
     lse,  # (batch, heads_q, seqlen_q) float32, contiguous
     seed,  # one int64, or None
+    broken,  # (batch, heads_q, tiles of FLAG_BLOCK queries) uint8: the tile holds NaN or inf; None if not RESTRICTED
     q_stride,
     k_stride,
     v_stride,
@@ -102,13 +103,21 @@ def forward_kernel(
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FLAG_BLOCK: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
+    """Without CAREFUL every tile, marking the broken ones; with it, the broken ones again."""
     tiles = tl.cdiv(sizes[2], BLOCK_M)
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
     if F.HAS_HI:
         tile = tiles - 1 - tile  # later queries see more keys: longest first
     start_m = tile * BLOCK_M
+    if F.RESTRICTED:
+        broken += bh.to(tl.int64) * tl.cdiv(sizes[2], FLAG_BLOCK) + start_m // FLAG_BLOCK
+        if CAREFUL:
+            if tl.load(broken) == 0:
+                return
     b = (bh // sizes[0]).to(tl.int64)
     h = (bh % sizes[0]).to(tl.int64)
     hk = h // sizes[1]
@@ -125,40 +134,35 @@ def forward_kernel(
         q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
     dropout = (seed, threshold)
     begin, full_begin, full_end, end = window_tiles(
-        start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI
+        start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI, F.WHOLE
     )
     state = (
         tl.zeros((BLOCK_M, F.BLOCK_DV), tl.float32),
         tl.zeros((BLOCK_M,), tl.float32),
         tl.full((BLOCK_M,), -INF, tl.float32),
     )
-    if F.HAS_LO:
+    if CAREFUL:
         state = _attend(
-            state, begin, tl.minimum(full_begin, end), q_tile, k, v, k_stride, v_stride, mask, mask_stride,
+            state, begin, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
+            bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, True,
+        )  # fmt: skip
+    else:
+        if F.HAS_LO:
+            state = _attend(
+                state, begin, tl.minimum(full_begin, end), q_tile, k, v, k_stride, v_stride, mask, mask_stride,
+                bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, False,
+            )  # fmt: skip
+        state = _attend(
+            state, full_begin, full_end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
+            bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, False, False,
+        )  # fmt: skip
+        state = _attend(
+            state, full_end, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
             bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, False,
         )  # fmt: skip
-    state = _attend(
-        state, full_begin, full_end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
-        bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, False, False,
-    )  # fmt: skip
-    state = _attend(
-        state, full_end, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
-        bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, False,
-    )  # fmt: skip
     acc, total, maximum = state
-    if F.RESTRICTED:
-        # 0 * NaN of an invisible value may have entered: rare, so it is looked for once, and then all is done again.
-        if has_nonfinite(acc, start_m, sizes[2], BLOCK_M):
-            acc = tl.zeros((BLOCK_M, F.BLOCK_DV), tl.float32)
-            total = tl.zeros((BLOCK_M,), tl.float32)
-            maximum = tl.full((BLOCK_M,), -INF, tl.float32)
-            q_tile = load_tile(q, start_m, sizes[2], q_stride, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK, True)
-            if F.NEGATE:
-                q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
-            acc, total, maximum = _attend(
-                (acc, total, maximum), begin, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
-                bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, True,
-            )  # fmt: skip
+    if F.RESTRICTED and not CAREFUL:
+        tl.store(broken, has_nonfinite(acc, start_m, sizes[2], BLOCK_M).to(tl.uint8))
 
     weight = 1.0 / tl.where(total == 0.0, 1.0, total)
     if F.DROPOUT:

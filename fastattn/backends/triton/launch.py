@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Gradients, empty_like_layout
 from fastattn.backends.triton.backward import dbias_kernel, delta_kernel, dkdv_kernel, dq_kernel
-from fastattn.backends.triton.configs import Config, Features, config
+from fastattn.backends.triton.configs import Config, Features, careful_config, config
 from fastattn.backends.triton.forward import forward_kernel
 from fastattn.spec import UNBOUNDED, AttentionSpec
 
@@ -71,8 +71,36 @@ def _options(c: Config) -> dict[str, Any]:
     return {"num_warps": c.num_warps, "num_stages": c.num_stages, "enable_fp_fusion": True}
 
 
-def _tiles(c: Config, features: Features) -> dict[str, Any]:
-    return {"F": features, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N}
+def _tiled(
+    kernel: Any, kind: str, arch: str, f: Features, arguments: dict[str, Any], rows: int, count: int
+) -> list[Launch]:
+    """A kernel with one program for each tile of ``count`` queries (keys: dkdv), in each of ``rows`` heads.
+
+    Where keys may be invisible a second launch redoes the tiles that the first marks as broken.
+    """
+    bits = 8 * arguments["q"].element_size()
+
+    def launch(c: Config, flag_block: int, careful: bool) -> Launch:
+        of_kernel = {
+            **arguments,
+            "broken": broken,
+            "F": f,
+            "BLOCK_M": c.BLOCK_M,
+            "BLOCK_N": c.BLOCK_N,
+            "FLAG_BLOCK": flag_block,
+            "CAREFUL": careful,
+        }
+        return Launch(kernel, rows * triton.cdiv(count, owned(c)), of_kernel, _options(c))
+
+    def owned(c: Config) -> int:
+        return c.BLOCK_N if kind == "dkdv" else c.BLOCK_M
+
+    c = config(arch, bits, f, kind)
+    if not f.RESTRICTED:
+        broken = None
+        return [launch(c, owned(c), False)]
+    broken = arguments["q"].new_empty((rows, triton.cdiv(count, owned(c))), dtype=torch.uint8)
+    return [launch(c, owned(c), False), launch(careful_config(f), owned(c), True)]
 
 
 def _inputs(
@@ -119,10 +147,9 @@ def plan_forward(
     mask: Tensor | None,
     bias: Tensor | None,
     dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Launch]:
-    """out, lse and the launch that will fill them."""
+) -> tuple[Tensor, Tensor, list[Launch]]:
+    """out, lse and the launches that will fill them, in order."""
     f = features(spec, arch == "gfx942")
-    c = config(arch, 8 * q.element_size(), f, "forward")
     out = empty_like_layout(q, spec.head_dim_v)
     lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
     of_scores, _, of_dropout = _scales(spec)
@@ -133,10 +160,9 @@ def plan_forward(
         "out_stride": out.stride(),
         "scale": abs(of_scores),
         "dropout_scale": of_dropout,
-        **_tiles(c, f),
     }
-    programs = spec.batch * spec.heads_q * triton.cdiv(spec.seqlen_q, c.BLOCK_M)
-    return out, lse, Launch(forward_kernel, programs, arguments, _options(c))
+    heads = spec.batch * spec.heads_q
+    return out, lse, _tiled(forward_kernel, "forward", arch, f, arguments, heads, spec.seqlen_q)
 
 
 def plan_backward(
@@ -154,7 +180,7 @@ def plan_backward(
     lse: Tensor,
 ) -> tuple[Gradients, list[Launch]]:
     """The gradients and the launches that will fill them, in order."""
-    f, bits = features(spec, arch == "gfx942"), 8 * q.element_size()
+    f = features(spec, arch == "gfx942")
     dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
     delta = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
     inputs = _inputs(spec, q, k, v, mask, bias, dropout_seed)
@@ -181,18 +207,14 @@ def plan_backward(
     }
     launches = [Launch(delta_kernel, heads * triton.cdiv(spec.seqlen_q, DELTA_ROWS), of_delta, {"num_warps": 4})]
 
-    c = config(arch, bits, f, "dkdv")
-    of_dkdv = {**shared, "dk": dk, "dv": dv, "dk_stride": dk.stride(), "dv_stride": dv.stride(), **_tiles(c, f)}
-    programs = spec.batch * spec.heads_k * triton.cdiv(spec.seqlen_k, c.BLOCK_N)
-    launches.append(Launch(dkdv_kernel, programs, of_dkdv, _options(c)))
-
-    c = config(arch, bits, f, "dq")
-    of_dq = {**shared, "dq": dq, "dq_stride": dq.stride(), **_tiles(c, f)}
-    launches.append(Launch(dq_kernel, heads * triton.cdiv(spec.seqlen_q, c.BLOCK_M), of_dq, _options(c)))
+    of_dkdv = {**shared, "dk": dk, "dv": dv, "dk_stride": dk.stride(), "dv_stride": dv.stride()}
+    launches += _tiled(dkdv_kernel, "dkdv", arch, f, of_dkdv, spec.batch * spec.heads_k, spec.seqlen_k)
+    of_dq = {**shared, "dq": dq, "dq_stride": dq.stride()}
+    launches += _tiled(dq_kernel, "dq", arch, f, of_dq, heads, spec.seqlen_q)
 
     dbias = None
     if spec.needs_bias_grad and bias is not None:
-        c = config(arch, bits, f, "dbias")
+        c = config(arch, 8 * q.element_size(), f, "dbias")
         dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
         of_dbias = {
             **shared,
@@ -201,7 +223,9 @@ def plan_backward(
             "extent": (spec.batch, spec.heads_q, *bias.shape),
             "SUM_M": bias.shape[2] == 1,
             "SUM_N": bias.shape[3] == 1,
-            **_tiles(c, f),
+            "F": f,
+            "BLOCK_M": c.BLOCK_M,
+            "BLOCK_N": c.BLOCK_N,
         }
         tiles = triton.cdiv(bias.shape[2], c.BLOCK_M) * triton.cdiv(bias.shape[3], c.BLOCK_N)
         launches.append(Launch(dbias_kernel, bias.shape[0] * bias.shape[1] * tiles, of_dbias, _options(c)))
