@@ -48,17 +48,17 @@ struct AttentionParams {
     Tensor4 lse;   // (batch, heads_q, seqlen_q) float, double for double inputs; natural log, -inf: sees nothing
 
     // Backward only.
-    Tensor4 grad_out;  // like out
-    Tensor4 grad_lse;  // like lse; null data: none
-    Tensor4 dq;        // like q
-    Tensor4 dk;        // like k
-    Tensor4 dv;        // like v
-    Tensor4 dbias;     // bias_dtype, shape bias_shape; null data: not wanted
+    Tensor4 grad_out;       // like out
+    Tensor4 grad_lse;       // like lse; null data: none
+    Tensor4 dq;             // like q
+    Tensor4 dk;             // like k
+    Tensor4 dv;             // like v
+    Tensor4 dbias;          // bias_dtype, shape bias_shape; null data: not wanted
     int64_t bias_shape[4];  // of bias before broadcasting: dbias is summed over the dimensions of size 1
 
-    void* workspace;         // scratch memory on the device, workspace_bytes(params) of it
-    int64_t device;          // CUDA device index; unused on the CPU
-    int64_t num_threads;     // CPU only
+    void* workspace;      // scratch memory on the device, workspace_bytes(params) of it
+    int64_t device;       // CUDA device index; unused on the CPU
+    int64_t num_threads;  // CPU only
 };
 
 }  // namespace fastattn

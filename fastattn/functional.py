@@ -134,7 +134,9 @@ def _call(
     """Validate and normalise: the operator's tensors, its other arguments, and the batch shape to give back."""
     check_scale(softmax_scale)
     check_dropout(dropout_p)
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
+        raise TypeError(f"offset must be None or an int, got {offset!r}")
+    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_autocast(x) for x in (query, key, value))
     signature = () if torch.compiler.is_compiling() else _signature(query, key, value, mask, bias, gqa_hint)
     if signature in _known:
@@ -355,7 +357,7 @@ def attention_weights(
         s = reference.scores(q.to(wide), reference.repeat_heads(k.to(wide), q.shape[1]), visible, bias, scale)
     p = reference.weights_from_lse(s, lse.reshape(q.shape[:3]))
     if seed is not None:
-        keep = reference.dropout_keep(*p.shape, dropout_p, seed)
+        keep = reference.dropout_keep(p.shape[0], p.shape[1], p.shape[2], p.shape[3], dropout_p, seed)
         p = torch.where(keep, p / (1 - dropout_p), 0) if dropout_p < 1 else torch.zeros_like(p)
     return _unfold(p.to(q.dtype), query, batch)
 

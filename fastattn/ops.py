@@ -115,9 +115,7 @@ def _backward(
         gradients = [empty_like_layout(x).zero_() for x in (q, k, v)]
         dbias = None if bias is None or not spec.needs_bias_grad else torch.zeros_like(bias)
     else:
-        *gradients, dbias = backend.backward(
-            spec, grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse
-        )
+        *gradients, dbias = backend.backward(spec, grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse)
     dq, dk, dv = gradients
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
@@ -171,9 +169,7 @@ class _Attention(torch.autograd.Function):
             if grad_lse is None:
                 return (None,) * (6 + len(ctx.call))
             grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-        dq, dk, dv, dbias = _backward_op(
-            grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse, *ctx.call
-        )
+        dq, dk, dv, dbias = _backward_op(grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse, *ctx.call)
         needs = ctx.needs_input_grad
         return (
             dq if needs[0] else None,
@@ -204,14 +200,14 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+        return _Attention.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*arguments)
 
 
 def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-        return _AttentionBackward.apply(*arguments)  # type: ignore[no-any-return]
+        return _AttentionBackward.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(*arguments)
 

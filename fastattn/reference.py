@@ -104,15 +104,20 @@ def scores(q: Tensor, k: Tensor, visible: Tensor, bias: Tensor | None, softmax_s
     return torch.where(visible, s, -math.inf)
 
 
-def log_sum_exp(s: Tensor) -> Tensor:
-    """Natural logarithm of the sum of exponentials over the last dimension; -inf for a row of -inf, with gradient 0."""
+def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and natural log-sum-exp over the last dimension; a row of -inf has weights 0 and -inf, with gradient 0.
+
+    The weights are exp(s - max) / sum, not exp(s - lse): beside a maximum of finfo.min the logarithm is lost in lse.
+    """
     if s.shape[-1] == 0:
-        return s.new_full(s.shape[:-1], -math.inf)
+        return s, s.new_full(s.shape[:-1], -math.inf)
     top = s.amax(-1, keepdim=True).detach()
     top = torch.where(top == -math.inf, 0, top)
-    total = (s - top).exp().sum(-1)
+    p = (s - top).exp()
+    total = p.sum(-1, keepdim=True)
     nothing = total == 0
-    return torch.where(nothing, -math.inf, top.squeeze(-1) + torch.where(nothing, 1, total).log())
+    total = torch.where(nothing, 1, total)
+    return p / total, torch.where(nothing, -math.inf, top + total.log()).squeeze(-1)
 
 
 def weights_from_lse(s: Tensor, lse: Tensor) -> Tensor:
@@ -161,8 +166,7 @@ def attention(
     visible = visible_keys(seqlen_q, seqlen_k, (left, right), offset, mask, bias, query.device)
 
     s = scores(query, k, visible, bias, scale)
-    lse = log_sum_exp(s)
-    p = weights_from_lse(s, lse)
+    p, lse = softmax(s)
     if dropout_p:
         if dropout_seed is None:
             raise ValueError("dropout_p > 0 needs a dropout_seed, an int64 tensor of one element")

@@ -123,9 +123,7 @@ class AttentionSpec:
 
     def __str__(self) -> str:
         heads = f"{self.heads_q}" if self.heads_q == self.heads_k else f"{self.heads_q}/{self.heads_k}"
-        dims = (
-            f"{self.head_dim_qk}" if self.head_dim_qk == self.head_dim_v else f"{self.head_dim_qk}/{self.head_dim_v}"
-        )
+        dims = f"{self.head_dim_qk}" if self.head_dim_qk == self.head_dim_v else f"{self.head_dim_qk}/{self.head_dim_v}"
         parts = [
             f"batch {self.batch}, heads {heads}, queries {self.seqlen_q}, keys {self.seqlen_k}, head_dim {dims}",
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
@@ -202,7 +200,7 @@ def check_scale(scale: float | None) -> None:
     """Raise unless the softmax scale is None or a finite number."""
     if scale is None:
         return
-    if isinstance(scale, Tensor) or isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+    if isinstance(scale, (Tensor, bool)) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"softmax scale must be a float or None, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"softmax scale must be finite, got {scale}")
@@ -210,7 +208,7 @@ def check_scale(scale: float | None) -> None:
 
 def check_dropout(p: float) -> None:
     """Raise unless the dropout probability lies in [0, 1]."""
-    if isinstance(p, Tensor) or isinstance(p, bool) or not isinstance(p, (int, float)):
+    if isinstance(p, (Tensor, bool)) or not isinstance(p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(p).__name__}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {p}")

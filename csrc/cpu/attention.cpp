@@ -7,10 +7,10 @@
 
 namespace fastattn::cpu {
 
-#define FASTATTN_DECLARE(isa)                            \
-    namespace isa {                                      \
-    void attention_forward(const AttentionParams& p);    \
-    void attention_backward(const AttentionParams& p);   \
+#define FASTATTN_DECLARE(isa)                          \
+    namespace isa {                                    \
+    void attention_forward(const AttentionParams& p);  \
+    void attention_backward(const AttentionParams& p); \
     }
 FASTATTN_DECLARE(portable)
 #if defined(__x86_64__)

@@ -36,13 +36,13 @@ public:
     }
 
 private:
-    static constexpr int64_t kKeyRows = 96;     // rows of a transposed tile, a multiple of kTileRows
-    static constexpr int64_t kColumns = 256;    // columns of either kind of tile
+    static constexpr int64_t kKeyRows = 96;   // rows of a transposed tile, a multiple of kTileRows
+    static constexpr int64_t kColumns = 256;  // columns of either kind of tile
     static int64_t count(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
     struct Head {
         Operand<C> k, v, q, dout;
-        Buffer<C> dk, dv;          // (seqlen_k, padded dim), summed over the query heads of the group
+        Buffer<C> dk, dv;           // (seqlen_k, padded dim), summed over the query heads of the group
         std::vector<C> lse, delta;  // per query, padded; lse in the scores' units, +inf where nothing is seen
         std::atomic<bool> k_non_finite{false}, q_non_finite{false}, dout_non_finite{false};
     };
@@ -85,7 +85,8 @@ private:
                 head.delta[static_cast<size_t>(i)] = static_cast<C>(delta);
                 const double lse = static_cast<double>(*at<C>(p_.lse, b, h, i));
                 head.lse[static_cast<size_t>(i)] =
-                    lse == -kInfinity<double> ? kInfinity<C> : static_cast<C>(lse * kLog2E / static_cast<double>(scores_.unit));
+                    lse == -kInfinity<double> ? kInfinity<C>
+                                              : static_cast<C>(lse * kLog2E / static_cast<double>(scores_.unit));
             }
         });
     }
@@ -135,8 +136,8 @@ private:
             for (int64_t r = 0; r < rows; r += kTileRows) {
                 if (!span(r).holds(panel)) continue;
                 const int64_t block = std::min<int64_t>(kTileRows, rows - r), at = r * kColumns + panel;
-                multiply<C>(block, left_s + r * dim_s, dim_s, right_s.column_panel(column + panel), dim_s, s + at, kColumns,
-                            false);
+                multiply<C>(block, left_s + r * dim_s, dim_s, right_s.column_panel(column + panel), dim_s, s + at,
+                            kColumns, false);
                 multiply<C>(block, left_dp + r * dim_dp, dim_dp, right_dp.column_panel(column + panel), dim_dp, dp + at,
                             kColumns, false);
             }
@@ -146,7 +147,8 @@ private:
     uint8_t* dropout(int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Tile& tile) {
         if (p_.dropout_threshold == 0) return nullptr;
         tile.keep.resize(static_cast<size_t>(kColumns * kColumns));
-        dropout_tile(p_, b, h, i0, std::min(i1, p_.seqlen_q), j0, std::min(j1, p_.seqlen_k), tile.keep.data(), kColumns);
+        dropout_tile(p_, b, h, i0, std::min(i1, p_.seqlen_q), j0, std::min(j1, p_.seqlen_k), tile.keep.data(),
+                     kColumns);
         return tile.keep.data();
     }
 
@@ -222,7 +224,8 @@ private:
                                                   scores_.query_low(j), scores_.query_high(j));
                 gradient_row<true>(s + at, dp + at, columns.last - columns.first, &head.lse[query], &head.delta[query],
                                    keep == nullptr ? nullptr : keep + columns.first * kColumns + r, kColumns);
-                add_dbias_of_key(b, h, j, first / kKeyRows, i + columns.first, std::min(i + columns.last, p_.seqlen_q), s + at);
+                add_dbias_of_key(b, h, j, first / kKeyRows, i + columns.first, std::min(i + columns.last, p_.seqlen_q),
+                                 s + at);
             }
             for (int64_t r = 0; r < rows; r += kTileRows) {
                 const Span<C> columns = span(r);
@@ -262,7 +265,8 @@ private:
 
     void start_dbias() {
         if (!wants_dbias()) return;
-        dbias_.assign(static_cast<size_t>(p_.bias_shape[0] * p_.bias_shape[1] * p_.bias_shape[2] * dbias_columns()), C(0));
+        dbias_.assign(static_cast<size_t>(p_.bias_shape[0] * p_.bias_shape[1] * p_.bias_shape[2] * dbias_columns()),
+                      C(0));
     }
 
     void add_dbias_of_query(int64_t b, int64_t h, int64_t i, int64_t j, int64_t j_end, const C* ds) {
@@ -300,10 +304,14 @@ private:
     void finish_dbias() {
         if (!wants_dbias()) return;
         switch (p_.bias_dtype) {
-            case DType::kFloat16: return write_dbias<Half>();
-            case DType::kBFloat16: return write_dbias<BFloat16>();
-            case DType::kFloat32: return write_dbias<float>();
-            case DType::kFloat64: return write_dbias<double>();
+            case DType::kFloat16:
+                return write_dbias<Half>();
+            case DType::kBFloat16:
+                return write_dbias<BFloat16>();
+            case DType::kFloat32:
+                return write_dbias<float>();
+            case DType::kFloat64:
+                return write_dbias<double>();
         }
     }
 

@@ -62,17 +62,19 @@ private:
             for (int64_t panel = 0; panel < j_end - j; panel += kPanel<C>) {
                 for (int64_t r = 0; r < rows; r += kTileRows) {
                     if (!span(r).holds(panel)) continue;
-                    multiply<C>(std::min<int64_t>(kTileRows, rows - r), q + r * dim, dim, keys.k.column_panel(j + panel),
-                                dim, s + r * kKeyTile + panel, kKeyTile, false);
+                    multiply<C>(std::min<int64_t>(kTileRows, rows - r), q + r * dim, dim,
+                                keys.k.column_panel(j + panel), dim, s + r * kKeyTile + panel, kKeyTile, false);
                 }
             }
             if (p_.dropout_threshold != 0) {
                 tile.keep.resize(kQueryTile * kKeyTile);
-                dropout_tile(p_, b, h, first, first + rows, j, std::min(j_end, p_.seqlen_k), tile.keep.data(), kKeyTile);
+                dropout_tile(p_, b, h, first, first + rows, j, std::min(j_end, p_.seqlen_k), tile.keep.data(),
+                             kKeyTile);
             }
             for (int64_t r = 0; r < rows; ++r) {
                 const Span<C> columns = span(r / kTileRows * kTileRows);
-                if (!columns.empty()) softmax_row(b, h, first, r, j, columns, s + r * kKeyTile, out + r * out_dim, tile);
+                if (!columns.empty())
+                    softmax_row(b, h, first, r, j, columns, s + r * kKeyTile, out + r * out_dim, tile);
             }
             for (int64_t d = 0; d < out_dim; d += kPanel<C>) {
                 for (int64_t r = 0; r < rows; r += kTileRows) {

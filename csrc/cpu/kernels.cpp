@@ -7,19 +7,27 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
 void attention_forward(const AttentionParams& p) {
     switch (p.dtype) {
-        case DType::kFloat16: return Forward<Half, float>(p).run();
-        case DType::kBFloat16: return Forward<BFloat16, float>(p).run();
-        case DType::kFloat32: return Forward<float, float>(p).run();
-        case DType::kFloat64: return Forward<double, double>(p).run();
+        case DType::kFloat16:
+            return Forward<Half, float>(p).run();
+        case DType::kBFloat16:
+            return Forward<BFloat16, float>(p).run();
+        case DType::kFloat32:
+            return Forward<float, float>(p).run();
+        case DType::kFloat64:
+            return Forward<double, double>(p).run();
     }
 }
 
 void attention_backward(const AttentionParams& p) {
     switch (p.dtype) {
-        case DType::kFloat16: return Backward<Half, float>(p).run();
-        case DType::kBFloat16: return Backward<BFloat16, float>(p).run();
-        case DType::kFloat32: return Backward<float, float>(p).run();
-        case DType::kFloat64: return Backward<double, double>(p).run();
+        case DType::kFloat16:
+            return Backward<Half, float>(p).run();
+        case DType::kBFloat16:
+            return Backward<BFloat16, float>(p).run();
+        case DType::kFloat32:
+            return Backward<float, float>(p).run();
+        case DType::kFloat64:
+            return Backward<double, double>(p).run();
     }
 }
 

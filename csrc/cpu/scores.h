@@ -9,7 +9,8 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
 // The scores of a call in the units of exp2. Without a bias the factor log2(e) is folded into the scale: scores are
 // t = scale · log2(e) · q·k and unit is 1. With one it must wait until the maximum has been subtracted, because
-// finfo.min · log2(e) overflows to -inf: t = scale · q·k + bias and unit is log2(e). Weights are exp2((t - max) · unit).
+// finfo.min · log2(e) overflows to -inf: t = scale · q·k + bias and unit is log2(e). Weights are exp2((t - max) ·
+// unit).
 template <typename C>
 struct Scores {
     const AttentionParams& p;
@@ -46,10 +47,18 @@ struct Scores {
             for (int64_t c = 0; c < n; ++c) s[c] *= scale;
         } else {
             switch (p.bias_dtype) {
-                case DType::kFloat16: add_bias<Half, transposed>(s, b, h, row, low, n); break;
-                case DType::kBFloat16: add_bias<BFloat16, transposed>(s, b, h, row, low, n); break;
-                case DType::kFloat32: add_bias<float, transposed>(s, b, h, row, low, n); break;
-                case DType::kFloat64: add_bias<double, transposed>(s, b, h, row, low, n); break;
+                case DType::kFloat16:
+                    add_bias<Half, transposed>(s, b, h, row, low, n);
+                    break;
+                case DType::kBFloat16:
+                    add_bias<BFloat16, transposed>(s, b, h, row, low, n);
+                    break;
+                case DType::kFloat32:
+                    add_bias<float, transposed>(s, b, h, row, low, n);
+                    break;
+                case DType::kFloat64:
+                    add_bias<double, transposed>(s, b, h, row, low, n);
+                    break;
             }
         }
         if (p.mask.data != nullptr) {
@@ -102,8 +111,8 @@ struct Philox {
 };
 
 // keep[i - i0][j - j0] for a tile, 1 = kept.
-inline void dropout_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0,
-                         int64_t j1, uint8_t* keep, int64_t stride) {
+inline void dropout_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                         uint8_t* keep, int64_t stride) {
     const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
     const uint64_t bh = static_cast<uint64_t>(b * p.heads_q + h);
     for (int64_t i = i0; i < i1; ++i) {

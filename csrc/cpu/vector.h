@@ -61,15 +61,14 @@ inline C max_of(Vector<C> v) {
     return top;
 }
 
-// c (rows x kPanel) = [c +] a (rows x depth) · b (depth x kPanel); a is broadcast element by element.
+// c (rows x kPanel) = [c +] a (rows x depth) · b (depth x kPanel); a is broadcast element by element. The product is
+// summed by itself before it is added: the rounding of a long sum then grows with its tiles, not with its terms.
 template <typename C, int rows>
 inline void multiply_tile(const C* a, int64_t a_stride, const C* b, int64_t depth, C* c, int64_t c_stride,
                           bool accumulate) {
     Vector<C> sum[rows][kTileVectors];
     for (int i = 0; i < rows; ++i) {
-        for (int u = 0; u < kTileVectors; ++u) {
-            sum[i][u] = accumulate ? load<C>(c + i * c_stride + u * kLanes<C>) : Vector<C>{};
-        }
+        for (int u = 0; u < kTileVectors; ++u) sum[i][u] = Vector<C>{};
     }
     for (int64_t k = 0; k < depth; ++k) {
         Vector<C> right[kTileVectors];
@@ -83,7 +82,10 @@ inline void multiply_tile(const C* a, int64_t a_stride, const C* b, int64_t dept
         }
     }
     for (int i = 0; i < rows; ++i) {
-        for (int u = 0; u < kTileVectors; ++u) store<C>(c + i * c_stride + u * kLanes<C>, sum[i][u]);
+        for (int u = 0; u < kTileVectors; ++u) {
+            C* to = c + i * c_stride + u * kLanes<C>;
+            store<C>(to, accumulate ? load<C>(to) + sum[i][u] : sum[i][u]);
+        }
     }
 }
 
@@ -91,12 +93,18 @@ template <typename C>
 inline void multiply(int64_t rows, const C* a, int64_t a_stride, const C* b, int64_t depth, C* c, int64_t c_stride,
                      bool accumulate) {
     switch (rows) {
-        case 1: return multiply_tile<C, 1>(a, a_stride, b, depth, c, c_stride, accumulate);
-        case 2: return multiply_tile<C, 2>(a, a_stride, b, depth, c, c_stride, accumulate);
-        case 3: return multiply_tile<C, 3>(a, a_stride, b, depth, c, c_stride, accumulate);
-        case 4: return multiply_tile<C, 4>(a, a_stride, b, depth, c, c_stride, accumulate);
-        case 5: return multiply_tile<C, 5>(a, a_stride, b, depth, c, c_stride, accumulate);
-        default: return multiply_tile<C, 6>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 1:
+            return multiply_tile<C, 1>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 2:
+            return multiply_tile<C, 2>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 3:
+            return multiply_tile<C, 3>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 4:
+            return multiply_tile<C, 4>(a, a_stride, b, depth, c, c_stride, accumulate);
+        case 5:
+            return multiply_tile<C, 5>(a, a_stride, b, depth, c, c_stride, accumulate);
+        default:
+            return multiply_tile<C, 6>(a, a_stride, b, depth, c, c_stride, accumulate);
     }
 }
 
@@ -136,11 +144,13 @@ struct Exp2<double> {
     static constexpr double kLowest = -1022.0;
     static constexpr int kMantissa = 52;
     static constexpr Integer kExponentBias = 1023;
-    static constexpr double kCoefficients[] = {
-        1.3691488853904128e-12, 2.5678435993488205e-11, 4.4455382718708116e-10, 7.0549116208011233e-09,
-        1.0178086009239699e-07, 1.3215486790144309e-06, 1.5252733804059841e-05, 1.5403530393381610e-04,
-        1.3333558146428443e-03, 9.6181291076284772e-03, 5.5504108664821580e-02, 2.4022650695910072e-01,
-        6.9314718055994531e-01, 1.0};
+    static constexpr double kCoefficients[] = {1.3691488853904128e-12, 2.5678435993488205e-11,
+                                               4.4455382718708116e-10, 7.0549116208011233e-09,
+                                               1.0178086009239699e-07, 1.3215486790144309e-06,
+                                               1.5252733804059841e-05, 1.5403530393381610e-04,
+                                               1.3333558146428443e-03, 9.6181291076284772e-03,
+                                               5.5504108664821580e-02, 2.4022650695910072e-01,
+                                               6.9314718055994531e-01, 1.0};
 };
 
 // 2^x for x <= 0 (a little above is fine); 0 below the smallest normal number; NaN stays NaN.

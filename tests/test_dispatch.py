@@ -1,0 +1,109 @@
+"""Who runs a call, and what is said about it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import dispatch
+from fastattn.spec import AttentionSpec
+
+Q = torch.randn(1, 2, 5, 8)
+
+
+def spec(**changes: object) -> AttentionSpec:
+    sizes = {
+        "batch": 1,
+        "heads_q": 4,
+        "heads_k": 2,
+        "seqlen_q": 6,
+        "seqlen_k": 8,
+        "head_dim_qk": 16,
+        "head_dim_v": 8,
+        "dtype": torch.float32,
+        "device": "cpu",
+        "softmax_scale": 0.25,
+    }
+    return AttentionSpec(**{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def test_the_cpu_kernel_is_first_on_the_cpu() -> None:
+    assert dispatch.select(spec()).name == "cpu"
+
+
+def test_a_reason_sends_the_call_to_the_next() -> None:
+    assert dispatch.get_backend("cpu").unsupported_reasons(spec(head_dim_qk=513)) == ["head_dim_qk 513: at most 512"]
+    assert dispatch.select(spec(head_dim_qk=513)).name == "reference"
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    wide = torch.randn(1, 1, 3, 513)
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run this call.*head_dim_qk 513"):
+        fastattn.attention(wide, wide, wide, backend="cpu")
+    with fastattn.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot run this call"):
+        fastattn.attention(wide, wide, wide)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="one of cpu, triton, cuda, reference, got 'tpu'"):
+        fastattn.attention(Q, Q, Q, backend="tpu")
+    with pytest.raises(ValueError, match="got 'tpu'"), fastattn.use_backend("tpu"):
+        pass
+
+
+def test_use_backend_nests_ends_and_keeps_to_its_thread() -> None:
+    seen = []
+    with fastattn.use_backend("reference"):
+        with fastattn.use_backend(None):
+            assert dispatch.chosen_backend() == ""
+        thread = threading.Thread(target=lambda: seen.append(dispatch.chosen_backend()))
+        thread.start()
+        thread.join()
+        assert dispatch.chosen_backend() == "reference"
+    assert dispatch.chosen_backend() == "" and seen == [""]
+
+
+def test_the_backward_runs_on_the_forwards_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    backend = dispatch.get_backend("reference")
+    backward = backend.backward
+    monkeypatch.setattr(backend, "backward", lambda *a: (calls.append(1), backward(*a))[1])
+    q = Q.clone().requires_grad_()
+    with fastattn.use_backend("reference"):
+        out = fastattn.attention(q, q, q)
+    out.sum().backward()
+    assert calls == [1]
+
+
+def test_explain_names_what_runs_and_every_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    fastattn.explain(Q, Q, Q, causal=True)
+    text = capsys.readouterr().out
+    assert "causal (offset 0)" in text and "cpu        RUNS: " in text and "cuda       no: " in text
+    fastattn.explain(Q, Q, Q, backend="cuda")
+    assert "nothing runs" in capsys.readouterr().out
+    fastattn.explain(Q[:, :, :0], Q, Q)
+    assert "runs nothing" in capsys.readouterr().out
+    fastattn.explain()
+    assert "cpu        available" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="together"):
+        fastattn.explain(Q)
+
+
+def test_flops_count_visible_pairs() -> None:
+    assert spec().flops() == 2 * 4 * 48 * 24
+    assert spec(window=(None, 0), offset=2).visible_pairs() == 3 + 4 + 5 + 6 + 7 + 8
+    assert spec(window=(1, 1)).visible_pairs() == 2 + 3 * 5
+    equal = spec(head_dim_v=16)
+    assert equal.flops("backward") == 2.5 * equal.flops()
+    with pytest.raises(ValueError, match="direction"):
+        spec().flops("sideways")
+
+
+def test_import_is_light() -> None:
+    code = "import sys, fastattn, torch; assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)

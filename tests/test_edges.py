@@ -1,0 +1,275 @@
+"""Bad input and edges: one clear error each, before any kernel runs; right values where there is an answer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.functional import scaled_dot_product_attention as sdpa
+from tests.cases import Case
+from tests.tolerance import assert_close_to_oracle
+
+
+def t(*shape: int, **options: Any) -> Tensor:
+    return torch.randn(shape, **options)
+
+
+Q, K, V = t(2, 4, 5, 8), t(2, 4, 6, 8), t(2, 4, 6, 8)
+K2 = t(2, 2, 6, 8)
+MASK = torch.ones(5, 6, dtype=torch.bool)
+
+BAD: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ("not_a_tensor", sdpa, ([1.0], K, V), {}, TypeError, "query must be a torch.Tensor, got list"),
+    ("dtypes", sdpa, (Q, K.half(), V), {}, TypeError, "share one dtype.*query float32, key float16, value float32"),
+    ("int", sdpa, (Q.int(), K.int(), V.int()), {}, TypeError, "share one dtype of float16, .*; got query int32"),
+    ("bool", sdpa, (Q > 0, K > 0, V > 0), {}, TypeError, "got query bool"),
+    ("complex", sdpa, (Q + 0j, K + 0j, V + 0j), {}, TypeError, "got query complex64"),
+    ("sparse", sdpa, (Q.to_sparse(), K, V), {}, TypeError, "query must be a dense .*got a sparse_coo"),
+    ("quantized", sdpa, (torch.quantize_per_tensor(Q, 0.1, 0, torch.qint8), K, V), {}, TypeError, "quantized"),
+    ("devices", sdpa, (Q, K.to("meta"), V), {}, ValueError, "on one device; got query cpu, key meta, value cpu"),
+    ("rank_1", sdpa, (Q[0, 0, 0], K, V), {}, ValueError, r"query must have at least 2 dimensions.*\(8,\)"),
+    ("rank_0", sdpa, (Q.sum(), K, V), {}, ValueError, r"query must have at least 2 dimensions.*\(\)"),
+    ("ranks_differ", sdpa, (Q[0], K, V), {}, ValueError, r"same number of dimensions; got query \(4, 5, 8\)"),
+    ("key_value_length", sdpa, (Q, K, V[:, :, :5]), {}, ValueError, r"same sequence length.*value \(2, 4, 5, 8\)"),
+    ("head_dim", sdpa, (Q, K[..., :7], V), {}, ValueError, r"same head_dim; got query.*key \(2, 4, 6, 7\)"),
+    ("head_dim_0", sdpa, (Q[..., :0], K[..., :0], V), {}, ValueError, "head_dim of query and key must be at least 1"),
+    ("gqa_not_enabled", sdpa, (Q, K2, K2), {}, ValueError, "pass enable_gqa=True.*Got query"),
+    ("gqa_six_on_four", sdpa, (t(2, 6, 5, 8), K, V), {"enable_gqa": True}, ValueError, "multiple of the number of key"),
+    ("gqa_fewer_query_heads", fastattn.attention, (K2, K, V), {}, ValueError, "multiple of the number of key heads"),
+    ("key_value_heads", fastattn.attention, (Q, K2, V), {}, ValueError, "same number of heads"),
+    ("batch", sdpa, (Q, t(3, 4, 6, 8), t(3, 4, 6, 8)), {}, ValueError, "batch dimensions.*equal or 1"),
+    ("mask_and_causal", sdpa, (Q, K, V, MASK), {"is_causal": True}, ValueError, "exclude each other"),
+    ("mask_shape", sdpa, (Q, K, V, MASK[:4]), {}, ValueError, r"attn_mask must broadcast to \(2, 4, 5, 6\).*\(4, 6\)"),
+    ("mask_rank", sdpa, (Q, K, V, MASK.expand(1, 2, 4, 5, 6)), {}, ValueError, r"must broadcast to \(2, 4, 5, 6\)"),
+    ("mask_int", sdpa, (Q, K, V, MASK.int()), {}, TypeError, "attn_mask must be boolean.*got torch.int32"),
+    ("mask_device", sdpa, (Q, K, V, MASK.to("meta")), {}, ValueError, "attn_mask must be on the query's device cpu"),
+    ("mask_list", sdpa, (Q, K, V, [[True]]), {}, TypeError, "attn_mask must be a torch.Tensor, got list"),
+    ("mask_wider", sdpa, (Q, K, V, t(5, 6).double()), {}, TypeError, "attn_mask must be of dtype.*got float64"),
+    ("mask_float", fastattn.attention, (Q, K, V), {"mask": t(5, 6)}, TypeError, "additive mask is a bias"),
+    ("bias_bool", fastattn.attention, (Q, K, V), {"bias": MASK}, TypeError, "bias must be of dtype.*got bool"),
+    ("scale_nan", sdpa, (Q, K, V), {"scale": math.nan}, ValueError, "softmax scale must be finite, got nan"),
+    ("scale_inf", sdpa, (Q, K, V), {"scale": math.inf}, ValueError, "softmax scale must be finite, got inf"),
+    ("scale_string", sdpa, (Q, K, V), {"scale": "1"}, TypeError, "softmax scale must be a float or None, got str"),
+    ("dropout_negative", sdpa, (Q, K, V), {"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\], got -0.1"),
+    ("dropout_above_1", sdpa, (Q, K, V), {"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
+    ("dropout_nan", sdpa, (Q, K, V), {"dropout_p": math.nan}, ValueError, "got nan"),
+    ("dropout_string", sdpa, (Q, K, V), {"dropout_p": "0"}, TypeError, "dropout_p must be a float, got str"),
+    ("seed_dtype", fastattn.attention, (Q, K, V), {"dropout_p": 0.1, "dropout_seed": t(1)}, TypeError, "int64 tensor"),
+    ("seed_int", fastattn.attention, (Q, K, V), {"dropout_p": 0.1, "dropout_seed": 3}, TypeError, "got int"),
+    ("window_int", fastattn.attention, (Q, K, V), {"window": 3}, TypeError, "window must be None or a pair"),
+    (
+        "window_negative",
+        fastattn.attention,
+        (Q, K, V),
+        {"window": (-1, 0)},
+        ValueError,
+        "left width.*at least 0, got -1",
+    ),
+    ("window_float", fastattn.attention, (Q, K, V), {"window": (0, 1.5)}, TypeError, "right width.*got 1.5"),
+    ("offset_float", fastattn.attention, (Q, K, V), {"causal": True, "offset": 0.5}, TypeError, "offset must be"),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize("row", BAD, ids=lambda row: row[0])
+def test_bad_input_raises_before_any_kernel(row: tuple[Any, ...], backend: str) -> None:
+    _, function, arguments, options, error, message = row
+    with fastattn.use_backend(backend):
+        for _ in range(2):  # a call that failed once must not be remembered as checked
+            with pytest.raises(error, match=message):
+                function(*arguments, **options)
+
+
+def test_requires_grad_on_integers_is_torchs_error() -> None:
+    with pytest.raises(RuntimeError, match="floating point"):
+        torch.ones(1, 1, 2, 2, dtype=torch.int64).requires_grad_()
+
+
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("zero", ["batch", "heads", "seqlen_q", "seqlen_k", "head_dim_v"])
+def test_empty(backend: str, zero: str) -> None:
+    sizes = {"batch": 2, "heads": 3, "seqlen_q": 4, "seqlen_k": 5, "head_dim_v": 6, zero: 0}
+    b, h, m, n, d = sizes.values()
+    q, k, v = t(b, h, m, 8), t(b, h, n, 8), t(b, h, n, d)
+    bias = t(1, h, m, n)
+    leaves = [x.requires_grad_() for x in (q, k, v, bias)]
+    out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+    assert out.shape == (b, h, m, d) and not out.any() and lse.shape == (b, h, m)
+    if zero == "seqlen_k":
+        assert (lse == -math.inf).all()
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape and not grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [(5, 6), (130, 300)])
+def test_rows_of_finfo_min_and_infinite_bias(backend: str, lengths: tuple[int, int]) -> None:
+    m, n = lengths
+    q, k, v = t(1, 2, m, 8), t(1, 2, n, 8), t(1, 2, n, 8)
+    bias = torch.zeros(m, n)
+    bias[0] = torch.finfo(torch.float32).min
+    bias[1, 3] = math.inf
+    bias[2, 3] = math.nan
+    bias[3] = -math.inf
+    clean = bias.clone()
+    clean[1:3] = 0
+    out = fastattn.attention(q, k, v, bias=bias, backend=backend)
+    assert torch.allclose(out[:, :, 0], v.mean(2), atol=1e-5)
+    assert out[:, :, 1:3].isnan().all() and not out[:, :, 3].any()
+    expected = fastattn.attention(q, k, v, bias=clean, backend=backend)
+    assert torch.equal(out[:, :, 4:], expected[:, :, 4:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [3, 70, 300])
+def test_a_nan_query_stays_in_its_row(backend: str, length: int) -> None:
+    q, k, v = t(1, 1, length, 8), t(1, 1, length, 8), t(1, 1, length, 8)
+    bad = q.clone()
+    bad[0, 0, 1] = math.nan
+    out, expected = (fastattn.attention(x, k, v, causal=True, backend=backend) for x in (bad, q))
+    assert out[0, 0, 1].isnan().all()
+    keep = torch.arange(length) != 1
+    assert torch.equal(out[:, :, keep], expected[:, :, keep])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("hide", ["padding", "causal", "window", "bias"])
+def test_an_unseen_key_is_not_felt(backend: str, poison: float, hide: str) -> None:
+    n = 150
+    q, k, v, g = (t(1, 2, n, 8) for _ in range(4))
+    at = 60
+    options: dict[str, Any]
+    if hide == "padding":
+        options, blind = {"mask": torch.arange(n) != at}, slice(None)
+    elif hide == "bias":
+        options, blind = {"bias": torch.where(torch.arange(n) == at, -math.inf, 0.0)}, slice(None)
+    elif hide == "causal":
+        options, blind = {"causal": True}, slice(None, at)
+    else:
+        options, blind = {"window": (5, 5)}, slice(at + 6, None)
+    results = []
+    for bad in (False, True):
+        x, y, z = q.clone(), k.clone(), v.clone()
+        if bad:
+            y[:, :, at] = poison
+            z[:, :, at] = poison
+        x.requires_grad_()
+        out = fastattn.attention(x, y, z, backend=backend, **options)[:, :, blind]
+        (dq,) = torch.autograd.grad(out, x, g[:, :, blind])
+        results.append((out, dq[:, :, blind]))
+    for clean, poisoned in zip(*results, strict=True):
+        assert poisoned.isfinite().all() and torch.allclose(clean, poisoned, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_logits_beyond_its_range(backend: str) -> None:
+    q = torch.full((1, 1, 3, 64), 64.0, dtype=torch.float16)
+    k = torch.stack([torch.full((64,), 64.0), torch.full((64,), 32.0)]).half().view(1, 1, 2, 64)
+    out = fastattn.attention(q, k, t(1, 1, 2, 8).half(), softmax_scale=1.0, backend=backend)
+    assert out.isfinite().all()
+
+
+def test_dropout_of_everything_and_of_nothing() -> None:
+    assert not fastattn.attention(Q, K, V, dropout_p=1.0).any()
+    assert torch.equal(fastattn.attention(Q, K, V, dropout_p=0.0), fastattn.attention(Q, K, V))
+
+
+def test_dropout_rate_and_independence() -> None:
+    keep = fastattn.reference.dropout_keep(2, 4, 256, 256, 0.3, torch.tensor([77])).double()
+    n = keep.numel()
+    assert abs(keep.mean() - 0.7) < 5 * math.sqrt(0.21 / n)
+    centred = keep - keep.mean()
+    for dim in range(4):  # neighbours along every axis are uncorrelated
+        size = keep.shape[dim] - 1
+        product = (centred.narrow(dim, 0, size) * centred.narrow(dim, 1, size)).mean() / 0.21
+        assert abs(product) < 5 / math.sqrt(n * size / (size + 1))
+    other = fastattn.reference.dropout_keep(2, 4, 256, 256, 0.3, torch.tensor([78])).double() - 0.7
+    assert abs((centred * other).mean() / 0.21) < 5 / math.sqrt(n)
+
+
+def test_dropout_mask_is_the_same_on_cpu_and_reference() -> None:
+    seed = torch.tensor([-5])
+    eye = torch.eye(40).expand(1, 2, 40, 40)
+    out = [
+        fastattn.attention(t(1, 2, 9, 8), t(1, 2, 40, 8), eye, dropout_p=0.4, dropout_seed=seed, backend=b)
+        for b in BACKENDS
+    ]
+    assert torch.equal(out[0] == 0, out[1] == 0)
+
+
+@pytest.mark.parametrize("case", [Case("a", causal=True, seqlen_q=300, seqlen_k=300, bias=(1, 1, 1, 0), heads_q=4)])
+def test_bitwise_the_same_whatever_the_threads(case: Case) -> None:
+    i = case.make(torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(i.run(fastattn.attention, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+def test_eight_threads_at_once() -> None:
+    i = Case("threads", seqlen_q=200, seqlen_k=200, causal=True).make(torch.float32)
+    expected = i.run(fastattn.attention, backend="cpu")
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: i.run(fastattn.attention, backend="cpu"), range(40)):
+            assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def _child(pipe: Any) -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(1)
+    x = t(1, 2, 200, 16)
+    pipe.send(fastattn.attention(x, x, x, backend="cpu").numpy())
+
+
+def test_after_fork() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(1)
+    x = t(1, 2, 200, 16)
+    expected = fastattn.attention(x, x, x, backend="cpu")
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(theirs,))
+    child.start()
+    assert ours.poll(60), "the forked child hangs"
+    assert torch.equal(torch.from_numpy(ours.recv()), expected)
+    child.join()
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_outliers(dtype: torch.dtype) -> None:
+    """FA3's recipe, N(0,1) + N(0,100)·Bernoulli(0.001): RMSE at most 1.1 times that of rounding the float32 result."""
+    torch.manual_seed(0)
+    q, k, v = (t(1, 4, 256, 64) + 10 * t(1, 4, 256, 64) * (torch.rand(1, 4, 256, 64) < 0.001) for _ in range(3))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    oracle = fastattn.reference.attention(q.double(), k.double(), v.double())
+    rounded = fastattn.reference.attention(q.float(), k.float(), v.float()).to(dtype)
+    error, limit = (fastattn.attention(q, k, v, backend="cpu").double() - oracle), (rounded.double() - oracle)
+    assert error.square().mean().sqrt() <= 1.1 * limit.square().mean().sqrt()
+    assert abs(error.mean()) <= abs(limit.mean()) + 3 * error.std() / math.sqrt(error.numel())
+    assert_close_to_oracle(oracle.to(dtype) + error.to(dtype), rounded, oracle)
+
+
+def test_module_survives_pickle_and_deepcopy() -> None:
+    module = fastattn.MultiHeadAttention(16, 4, batch_first=True)
+    x = t(2, 5, 16)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x, x, x)[0], module(x, x, x)[0])

@@ -1,0 +1,198 @@
+"""The operators under torch's machinery: opcheck, compile, autocast, meta and fake tensors, vmap, double backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+import fastattn
+from tests.cases import CASES, Case
+
+BY_NAME = {case.name: case for case in CASES}
+FEATURES = ["plain", "causal_bottom_right", "mask_blind_rows", "bias_shared_heads", "dropout_bias", "layout_bshd"]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck(backend: str, name: str) -> None:
+    i = BY_NAME[name].make(torch.float32)
+    right = 0 if i.case.causal else None
+    q, k, v = (x.detach().requires_grad_() for x in (i.q, i.k, i.v))
+    bias = None if i.bias is None else i.bias.requires_grad_()
+    call = (0.2, None, right, 3, i.case.dropout_p, True, bias is not None, backend)
+    forward = (q, k, v, i.mask, bias, i.dropout_seed, *call)
+    torch.library.opcheck(torch.ops.fastattn.attention_forward.default, forward)
+    with torch.no_grad():
+        out, lse = torch.ops.fastattn.attention_forward(*forward)
+    tensors = [None if x is None else x.detach() for x in (q, k, v, i.mask, bias, i.dropout_seed, out, lse)]
+    backward = (i.grad_out, i.grad_lse, *tensors, *call)
+    torch.library.opcheck(torch.ops.fastattn.attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend: str, name: str) -> None:
+    from dataclasses import replace
+
+    i = replace(BY_NAME[name], seqlen_q=5, seqlen_k=7, head_dim_qk=3, head_dim_v=2, heads_q=2, heads_k=1).make(
+        torch.float64
+    )
+    tensors = [x.detach().requires_grad_() for x in (i.q, i.k, i.v, i.bias) if x is not None]
+
+    def call(q, k, v, bias=None):
+        out, lse = fastattn.attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            mask=i.mask,
+            causal=i.case.causal,
+            dropout_p=i.case.dropout_p,
+            dropout_seed=i.dropout_seed,
+            return_lse=True,
+            backend=backend,
+        )
+        return out, torch.where(lse == -torch.inf, 0, lse)
+
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool) -> None:
+    def step(q, k, v, bias, mask):
+        out, lse = fastattn.attention(q, k, v, bias=bias, mask=mask, causal=True, return_lse=True)
+        return fastattn.scaled_dot_product_attention(out, k, v, is_causal=True, enable_gqa=True) + lse.unsqueeze(-1)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seqlen in (16, 24, 33):
+        case = Case("compile", seqlen_q=seqlen, seqlen_k=seqlen, bias=(1, 0, 0, 0), mask=(0, 1, 1, 0), heads_q=4)
+        i = case.make(torch.float32)
+        results = []
+        for function in (step, compiled):
+            leaves = [x.detach().requires_grad_() for x in (i.q, i.k, i.v, i.bias)]
+            out = function(*leaves, i.mask)
+            results.append([out, *torch.autograd.grad(out.tanh().sum(), leaves)])
+        for eager, traced in zip(*results, strict=True):
+            assert torch.allclose(eager, traced, equal_nan=True)
+
+
+def test_compile_with_dropout_repeats_with_the_seed() -> None:
+    q = torch.randn(1, 2, 20, 8)
+    compiled = torch.compile(lambda x: fastattn.attention(x, x, x, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    first = compiled(q)
+    assert not torch.equal(first, compiled(q))
+    torch.manual_seed(3)
+    assert torch.equal(first, compiled(q))
+
+
+def test_use_backend_is_seen_by_a_compiled_function() -> None:
+    q = torch.randn(1, 2, 20, 8)
+    compiled = torch.compile(lambda x: fastattn.attention(x, x, x), fullgraph=True, backend="aot_eager")
+    compiled(q)
+    with fastattn.use_backend("cuda"), pytest.raises(Exception, match="backend 'cuda' cannot run this call"):
+        compiled(q)
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fastattn.attention(q, k.to(torch.bfloat16), v)
+        assert out.dtype is torch_sdpa(q, k, v).dtype is torch.bfloat16
+        assert fastattn.attention(q.double(), k.double(), v.double()).dtype is torch.float64
+    out.float().sum().backward()
+    assert q.grad is not None and q.grad.dtype is torch.float32
+
+
+def test_meta_tensors_have_the_right_shapes() -> None:
+    q, k, v = (torch.empty(2, h, 5, d, device="meta", dtype=torch.bfloat16) for h, d in ((4, 8), (2, 8), (2, 3)))
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    assert out.shape == (2, 4, 5, 3) and out.dtype is torch.bfloat16
+    assert lse.shape == (2, 4, 5) and lse.dtype is torch.float32
+
+
+def test_second_derivative_raises_clearly() -> None:
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(fastattn.attention(q, q, q).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivative.*fastattn\.reference\.attention"):
+        grad.sum().backward()
+    assert torch.autograd.gradgradcheck(
+        lambda x: fastattn.reference.attention(x, x, x, causal=True),
+        torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True),
+    )
+
+
+def test_changing_a_saved_tensor_raises() -> None:
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    k = torch.randn(1, 1, 4, 8)
+    out = fastattn.attention(q, k, k)
+    k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_inference_mode_negative_bit_and_aliases() -> None:
+    q = torch.randn(1, 2, 6, 8)
+    with torch.inference_mode():
+        assert torch.equal(fastattn.attention(q, q, q), fastattn.attention(q, q.clone(), q.clone()))
+    negative = torch._neg_view(q)
+    assert negative.is_neg()
+    assert torch.equal(fastattn.attention(negative, q, negative), fastattn.attention(-q, q, -q))
+
+
+def test_vmap_works_or_says_so() -> None:
+    q = torch.randn(3, 2, 2, 6, 8)
+    try:
+        out = torch.func.vmap(lambda x: fastattn.attention(x, x, x))(q)
+    except RuntimeError as error:
+        assert "vmap" in str(error)
+    else:
+        assert torch.allclose(out, fastattn.attention(q, q, q), atol=1e-6)
+
+
+def test_equals_torch_with_its_own_arguments() -> None:
+    q, k, v = (torch.randn(2, h, n, 16, dtype=torch.float64) for h, n in ((4, 9), (2, 11), (2, 11)))
+    mask = torch.rand(2, 1, 9, 11) > 0.3
+    for options in (
+        {"is_causal": True, "enable_gqa": True},
+        {"attn_mask": mask, "enable_gqa": True},
+        {"attn_mask": torch.randn(4, 9, 11, dtype=torch.float64), "enable_gqa": True, "scale": 0.1},
+    ):
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = torch_sdpa(q, k, v, **options)
+        assert torch.allclose(fastattn.scaled_dot_product_attention(q, k, v, **options), expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (3, 7, 8), (2, 3, 7, 8), (2, 2, 3, 7, 8), (2, 1, 2, 3, 7, 8)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    q = torch.randn(shape, dtype=torch.float64)
+    mask = torch.rand(*shape[:-1], 7) > 0.3
+    mask[..., 0] = True
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch_sdpa(q, q, q, attn_mask=mask)
+    out, lse = fastattn.attention(q, q, q, mask=mask, return_lse=True)
+    assert torch.allclose(out, expected, atol=1e-13) and lse.shape == shape[:-1]
+    if len(shape) > 4:
+        shared = mask[:1, :1, ..., :1, :, :]
+        assert torch.equal(
+            fastattn.attention(q, q, q, mask=shared), fastattn.attention(q, q, q, mask=shared.expand(mask.shape))
+        )
+
+
+def test_batch_one_is_broadcast_with_gradient() -> None:
+    q = torch.randn(4, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: fastattn.attention(a, b, b), (q, k))
+
+
+def test_attention_weights_are_those_of_the_call() -> None:
+    case = BY_NAME["dropout_bias"]
+    i = case.make(torch.float64)
+    options = {"bias": i.bias, "dropout_p": case.dropout_p, "dropout_seed": i.dropout_seed}
+    out, lse = fastattn.attention(i.q, i.k, i.v, return_lse=True, **options)
+    weights = fastattn.attention_weights(i.q, i.k, lse, **options)
+    assert torch.allclose(weights @ i.v, out, atol=1e-12)
+    with pytest.raises(ValueError, match="dropout_seed"):
+        fastattn.attention_weights(i.q, i.k, lse, dropout_p=0.5)
