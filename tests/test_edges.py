@@ -256,16 +256,21 @@ def test_after_fork() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_outliers(dtype: torch.dtype) -> None:
-    """FA3's recipe, N(0,1) + N(0,100)·Bernoulli(0.001): RMSE at most 1.1 times that of rounding the float32 result."""
+    """FA3's recipe, N(0,1) + N(0,100)·Bernoulli(0.001): RMSE at most 1.1 times that of rounding the float32 result.
+
+    In float32 nothing is rounded at the end and the common rule decides.
+    """
     torch.manual_seed(0)
     q, k, v = (t(1, 4, 256, 64) + 10 * t(1, 4, 256, 64) * (torch.rand(1, 4, 256, 64) < 0.001) for _ in range(3))
     q, k, v = (x.to(dtype) for x in (q, k, v))
     oracle = fastattn.reference.attention(q.double(), k.double(), v.double())
     rounded = fastattn.reference.attention(q.float(), k.float(), v.float()).to(dtype)
-    error, limit = (fastattn.attention(q, k, v, backend="cpu").double() - oracle), (rounded.double() - oracle)
-    assert error.square().mean().sqrt() <= 1.1 * limit.square().mean().sqrt()
+    out = fastattn.attention(q, k, v, backend="cpu")
+    error, limit = out.double() - oracle, rounded.double() - oracle
+    assert_close_to_oracle(out, rounded, oracle)
+    if dtype is not torch.float32:
+        assert error.square().mean().sqrt() <= 1.1 * limit.square().mean().sqrt()
     assert abs(error.mean()) <= abs(limit.mean()) + 3 * error.std() / math.sqrt(error.numel())
-    assert_close_to_oracle(oracle.to(dtype) + error.to(dtype), rounded, oracle)
 
 
 def test_module_survives_pickle_and_deepcopy() -> None:

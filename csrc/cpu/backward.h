@@ -43,7 +43,7 @@ private:
     struct Head {
         Operand<C> k, v, q, dout;
         Buffer<C> dk, dv;           // (seqlen_k, padded dim), summed over the query heads of the group
-        std::vector<C> lse, delta;  // per query, padded; lse in the scores' units, +inf where nothing is seen
+        std::vector<C> lse, delta;  // per query, padded; lse is +inf where nothing is seen
         std::atomic<bool> k_non_finite{false}, q_non_finite{false}, dout_non_finite{false};
     };
     struct Tile {
@@ -84,9 +84,7 @@ private:
                 if (p_.grad_lse.data != nullptr) delta -= static_cast<double>(*at<C>(p_.grad_lse, b, h, i));
                 head.delta[static_cast<size_t>(i)] = static_cast<C>(delta);
                 const double lse = static_cast<double>(*at<C>(p_.lse, b, h, i));
-                head.lse[static_cast<size_t>(i)] =
-                    lse == -kInfinity<double> ? kInfinity<C>
-                                              : static_cast<C>(lse * kLog2E / static_cast<double>(scores_.unit));
+                head.lse[static_cast<size_t>(i)] = lse == -kInfinity<double> ? kInfinity<C> : static_cast<C>(lse);
             }
         });
     }
@@ -95,7 +93,7 @@ private:
     // delta belong to the row, or to the columns. keep is null without dropout.
     template <bool transposed>
     void gradient_row(C* s, C* dp, int64_t n, const C* lse, const C* delta, const uint8_t* keep, int64_t keep_step) {
-        const Vector<C> unit = splat(scores_.unit), nothing = splat(-kInfinity<C>);
+        const Vector<C> nothing = splat(-kInfinity<C>);
         if (keep != nullptr) {
             const C kept = static_cast<C>(p_.dropout_scale);
             for (int64_t c = 0; c < n; ++c) dp[c] = keep[c * keep_step] ? dp[c] * kept : C(0);
@@ -104,7 +102,7 @@ private:
             const Vector<C> t = load<C>(s + c);
             const Vector<C> row_lse = transposed ? load<C>(lse + c) : splat(*lse);
             const Vector<C> row_delta = transposed ? load<C>(delta + c) : splat(*delta);
-            const Vector<C> p = t == nothing ? Vector<C>{} : exp2<C>((t - row_lse) * unit);
+            const Vector<C> p = t == nothing ? Vector<C>{} : exp<C>(t - row_lse);
             const Vector<C> ds = p == Vector<C>{} ? Vector<C>{} : p * (load<C>(dp + c) - row_delta);
             store<C>(s + c, ds);
             if (transposed) store<C>(dp + c, p);
@@ -269,11 +267,20 @@ private:
                       C(0));
     }
 
+    static C sum_of_row(const C* ds, int64_t n) {
+        Vector<C> sum{};
+        int64_t c = 0;
+        for (; c + kLanes<C> <= n; c += kLanes<C>) sum += load<C>(ds + c);
+        C total = sum_of<C>(sum);
+        for (; c < n; ++c) total += ds[c];
+        return total;
+    }
+
     void add_dbias_of_query(int64_t b, int64_t h, int64_t i, int64_t j, int64_t j_end, const C* ds) {
         if (!wants_dbias() || !per_query()) return;
         C* row = dbias_row(b, h, i);
         if (p_.bias_shape[3] == 1) {
-            for (int64_t c = 0; c < j_end - j; ++c) *row += ds[c];
+            *row += sum_of_row(ds, j_end - j);
         } else {
             for (int64_t c = 0; c < j_end - j; ++c) row[j + c] += ds[c];
         }
@@ -282,7 +289,7 @@ private:
     void add_dbias_of_key(int64_t b, int64_t h, int64_t j, int64_t tile, int64_t i, int64_t i_end, const C* ds) {
         if (!wants_dbias() || per_query()) return;
         C* to = dbias_row(b, h, 0) + (p_.bias_shape[3] == 1 ? tile : j);
-        for (int64_t c = 0; c < i_end - i; ++c) *to += ds[c];
+        *to += sum_of_row(ds, i_end - i);
     }
 
     template <typename B>

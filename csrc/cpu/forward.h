@@ -109,14 +109,14 @@ private:
         const C before = tile.top[r], top = std::max(before, max_of<C>(highest));
         // Nothing seen yet: 0 in place of -inf, so that -inf - top is -inf, and a NaN stays one.
         const C base = top == -kInfinity<C> ? C(0) : top;
-        const Vector<C> minus = splat(base), unit = splat(scores_.unit);
+        const Vector<C> minus = splat(base);
         Vector<C> sum{};
         for (int64_t c = 0; c < n; c += kLanes<C>) {
-            const Vector<C> weight = exp2<C>((load<C>(s + c) - minus) * unit);
+            const Vector<C> weight = exp<C>(load<C>(s + c) - minus);
             sum += weight;
             store<C>(s + c, weight);
         }
-        const C rescale = before == top ? C(1) : exp2_of<C>((before - base) * scores_.unit);
+        const C rescale = before == top ? C(1) : exp_of<C>(before - base);
         tile.top[r] = top;
         tile.sum[r] = tile.sum[r] * rescale + sum_of<C>(sum);
         if (rescale != 1) {
@@ -133,7 +133,7 @@ private:
         for (int64_t r = 0; r < rows; ++r) {
             const C sum = tile.sum[r], factor = sum == 0 ? C(0) : kept / sum;
             const double top = static_cast<double>(tile.top[r] == -kInfinity<C> ? C(0) : tile.top[r]);
-            const double lse = top * static_cast<double>(scores_.unit) / kLog2E + std::log(static_cast<double>(sum));
+            const double lse = top + std::log(static_cast<double>(sum));
             *at_mutable<C>(p_.lse, b, h, first + r) = static_cast<C>(lse);
             write_row<C, T>(out + r * out_dim, factor, p_.head_dim_v, at_mutable<T>(p_.out, b, h, first + r),
                             p_.out.stride[3]);

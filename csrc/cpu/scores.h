@@ -7,19 +7,14 @@
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
-// The scores of a call in the units of exp2. Without a bias the factor log2(e) is folded into the scale: scores are
-// t = scale · log2(e) · q·k and unit is 1. With one it must wait until the maximum has been subtracted, because
-// finfo.min · log2(e) overflows to -inf: t = scale · q·k + bias and unit is log2(e). Weights are exp2((t - max) ·
-// unit).
+// The scores of a call, t = scale · q·k + bias, and who sees whom. log2(e) is not folded into the scale: it would
+// save nothing here, rounds large scores worse, and overflows beside a bias of finfo.min.
 template <typename C>
 struct Scores {
     const AttentionParams& p;
-    const C scale, unit;
+    const C scale;
 
-    explicit Scores(const AttentionParams& params)
-        : p(params),
-          scale(static_cast<C>(params.softmax_scale * (params.bias.data == nullptr ? kLog2E : 1.0))),
-          unit(static_cast<C>(params.bias.data == nullptr ? 1.0 : kLog2E)) {}
+    explicit Scores(const AttentionParams& params) : p(params), scale(static_cast<C>(params.softmax_scale)) {}
 
     bool restricted() const {
         return p.mask.data != nullptr || p.bias.data != nullptr || p.left < p.seqlen_q + p.seqlen_k ||

@@ -1,4 +1,4 @@
-// Vectors as the compiler spells them, the register-blocked product of a tile, and exp2. Included once per instruction
+// Vectors as the compiler spells them, the register-blocked product of a tile, and exp. Included once per instruction
 // set (FASTATTN_CPU_ISA names the namespace), so every function here is inlined for the flags of its translation unit.
 #pragma once
 
@@ -121,6 +121,8 @@ inline void multiply_nonzero(int64_t rows, const C* a, int64_t a_stride, const C
     }
 }
 
+constexpr double kLog2E = 1.4426950408889634, kLog2ELow = 2.0355273740931033e-17;
+
 template <typename C>
 struct Exp2;
 
@@ -129,7 +131,7 @@ template <>
 struct Exp2<float> {
     using Integer = int32_t;
     static constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
-    static constexpr float kLowest = -126.0f;
+    static constexpr float kLowest = -87.33654f;  // ln(2^-126)
     static constexpr int kMantissa = 23;
     static constexpr Integer kExponentBias = 127;
     static constexpr float kCoefficients[] = {1.53458205475e-4f, 1.33999312578e-3f, 9.6184889235e-3f, 5.55032877688e-2f,
@@ -140,8 +142,8 @@ struct Exp2<float> {
 template <>
 struct Exp2<double> {
     using Integer = int64_t;
-    static constexpr double kRound = 6755399441055744.0;  // 1.5 · 2^52
-    static constexpr double kLowest = -1022.0;
+    static constexpr double kRound = 6755399441055744.0;   // 1.5 · 2^52
+    static constexpr double kLowest = -708.3964185322641;  // ln(2^-1022)
     static constexpr int kMantissa = 52;
     static constexpr Integer kExponentBias = 1023;
     static constexpr double kCoefficients[] = {1.3691488853904128e-12, 2.5678435993488205e-11,
@@ -153,16 +155,21 @@ struct Exp2<double> {
                                                6.9314718055994531e-01, 1.0};
 };
 
-// 2^x for x <= 0 (a little above is fine); 0 below the smallest normal number; NaN stays NaN.
+// e^x for x <= 0 (a little above is fine); 0 below the smallest normal number; NaN stays NaN. With x log2(e) = n + f,
+// f is taken from x by fused multiply-adds with log2(e) in two parts, so that a large x costs no digits.
 template <typename C>
-inline Vector<C> exp2(Vector<C> x) {
+inline Vector<C> exp(Vector<C> x) {
     using E = Exp2<C>;
     using I = Vector<typename E::Integer>;
-    const Vector<C> shifted = x + splat<C>(E::kRound);
-    const Vector<C> fraction = x - (shifted - splat<C>(E::kRound));
+    constexpr C kHigh = static_cast<C>(kLog2E);
+    constexpr C kLow = static_cast<C>(kLog2ELow + (kLog2E - static_cast<double>(kHigh)));
+    const Vector<C> shifted = x * splat<C>(kHigh) + splat<C>(E::kRound);
+    const Vector<C> n = shifted - splat<C>(E::kRound);
+    const Vector<C> high = x * splat<C>(kHigh) - n;
+    const Vector<C> f = x * splat<C>(kLow) + high;
     Vector<C> p = splat<C>(E::kCoefficients[0]);
     for (size_t k = 1; k < sizeof(E::kCoefficients) / sizeof(C); ++k) {
-        p = p * fraction + splat<C>(E::kCoefficients[k]);
+        p = p * f + splat<C>(E::kCoefficients[k]);
     }
     I exponent;
     std::memcpy(&exponent, &shifted, sizeof exponent);
@@ -173,11 +180,10 @@ inline Vector<C> exp2(Vector<C> x) {
 }
 
 template <typename C>
-inline C exp2_of(C x) {
-    return exp2<C>(splat<C>(x))[0];
+inline C exp_of(C x) {
+    return exp<C>(splat<C>(x))[0];
 }
 
-constexpr double kLog2E = 1.4426950408889634;
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
