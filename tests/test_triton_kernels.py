@@ -32,7 +32,12 @@ def philox_word(seed: int, i: np.ndarray, j: np.ndarray, bh: int) -> np.ndarray:
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(10):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), b & mask, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), a & mask]
+        c = [
+            (b >> np.uint64(32)) ^ c[1] ^ np.uint64(k0),
+            b & mask,
+            (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k1),
+            a & mask,
+        ]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return np.choose(np.broadcast_to(j % 4, c[0].shape), c)
 
@@ -125,8 +130,18 @@ CASES: dict[str, dict] = {
 }
 
 
-def build(dtype: torch.dtype, layout: str = "", **changes) -> tuple[AttentionSpec, list[Tensor], Tensor | None, Tensor | None]:
-    sizes = {"batch": 2, "heads_q": 2, "heads_k": 2, "seqlen_q": 37, "seqlen_k": 41, "head_dim_qk": 16, "head_dim_v": 16}
+def build(
+    dtype: torch.dtype, layout: str = "", **changes
+) -> tuple[AttentionSpec, list[Tensor], Tensor | None, Tensor | None]:
+    sizes = {
+        "batch": 2,
+        "heads_q": 2,
+        "heads_k": 2,
+        "seqlen_q": 37,
+        "seqlen_k": 41,
+        "head_dim_qk": 16,
+        "head_dim_v": 16,
+    }
     fields = {**sizes, "softmax_scale": 0.3, "dtype": dtype, "device": DEVICE, "needs_grad": True, **changes}
     if "heads_q" in changes and "heads_k" not in changes:
         fields["heads_k"] = 2
@@ -217,7 +232,9 @@ def test_nonfinite_reaches_only_what_sees_it(case: str, poison: float, where: st
                 got = b.cpu()[0, : spec.group_size, :, 3][hit_rows[0, : spec.group_size]]
                 same = got.isnan() if math.isnan(poison) else got == poison
                 assert (same | (spec.dropout_p > 0)).all()
-        torch.testing.assert_close(b.cpu()[fine], a.cpu()[fine], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b.cpu()[fine], a.cpu()[fine], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_bias_of_finfo_min_gives_mean_of_values() -> None:

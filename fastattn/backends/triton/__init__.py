@@ -121,9 +121,7 @@ class TritonBackend:
         from fastattn.backends.triton.launch import plan_backward
 
         arch = architecture(str(q.device))
-        gradients, launches = plan_backward(
-            spec, arch, grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse
-        )
+        gradients, launches = plan_backward(spec, arch, grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse)
         _run(launches, q.device)
         return gradients
 

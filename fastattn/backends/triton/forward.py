@@ -69,9 +69,7 @@ def _attend(
         if F.DROPOUT:
             p = tl.where(kept(dropout[0], dropout[1], bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
         if CAREFUL:
-            acc = careful_product(
-                p, visible, v, start_n, sizes[3], v_stride, acc, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV
-            )
+            acc = careful_product(p, visible, v, start_n, sizes[3], v_stride, acc, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV)
         else:
             v_tile = load_tile(v, start_n, sizes[3], v_stride, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
             acc = product(p, v_tile, acc, F)
