@@ -196,8 +196,7 @@ class _Attention(torch.autograd.Function):
         others: Others,
         *call: Any,
     ) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _forward_op(q, k, v, bias, sinks, others, *call)
+        out, lse = _below_autograd(q, k, v, bias, sinks, others, *call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *others)
         ctx.call = call
@@ -213,7 +212,9 @@ class _Attention(torch.autograd.Function):
         dq = dk = dv = dbias = None
         needs = ctx.needs_input_grad
         if ctx.call[5] or ctx.call[6]:
-            dq, dk, dv, dbias = _backward_op(grad_out, grad_lse, q, k, v, bias, sinks, others, out, lse, *ctx.call)
+            plain = not torch.is_grad_enabled() and _is_plain((grad_out, grad_lse, q, k, v, bias), others)
+            run = _backward if plain else _backward_op
+            dq, dk, dv, dbias = run(grad_out, grad_lse, q, k, v, bias, sinks, others, out, lse, *ctx.call)
         return (
             dq if needs[0] else None,
             dk if needs[1] else None,
@@ -248,6 +249,12 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
         or (sinks is not None and sinks.requires_grad)
     ):
         return _Attention.apply(*arguments)
+    return _below_autograd(*arguments)
+
+
+def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if _is_plain(arguments[:5], arguments[5]):
+        return _forward(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*arguments)
 
@@ -291,6 +298,26 @@ _forward_op = torch.ops.fastattn.attention_forward.default
 _backward_op = torch.ops.fastattn.attention_backward.default
 
 
+def _is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
+    """Whether a kernel alone would look at a call: no tracing, mode, transform, subclass, lazy negation or profiler."""
+    for x in (*tensors, *others):
+        if x is not None and (type(x) not in _PLAIN_TYPES or x.is_neg()):
+            return False
+    first = tensors[0]
+    return (
+        first is not None
+        and (first.is_cpu or first.is_cuda)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
 def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """``fastattn::attention_forward``; in eager mode past the dispatcher's autograd layer, which costs a third."""
-    return _forward_op(*arguments) if torch.compiler.is_compiling() else _forward_autograd(*arguments)
+    """``fastattn::attention_forward``; eager calls take the shortest path: the dispatcher is half of a small call."""
+    if torch.compiler.is_compiling():
+        return _forward_op(*arguments)
+    return _forward_autograd(*arguments)
