@@ -5,29 +5,31 @@
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
+using Products16 = VectorProducts<BFloat16, float>;
+
 void attention_forward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Forward<Half, float>(p).run();
+            return Forward<VectorProducts<Half, float>>(p).run();
         case DType::kBFloat16:
-            return Forward<BFloat16, float>(p).run();
+            return Forward<Products16>(p).run();
         case DType::kFloat32:
-            return Forward<float, float>(p).run();
+            return Forward<VectorProducts<float, float>>(p).run();
         case DType::kFloat64:
-            return Forward<double, double>(p).run();
+            return Forward<VectorProducts<double, double>>(p).run();
     }
 }
 
 void attention_backward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Backward<Half, float>(p).run();
+            return Backward<VectorProducts<Half, float>>(p).run();
         case DType::kBFloat16:
-            return Backward<BFloat16, float>(p).run();
+            return Backward<Products16>(p).run();
         case DType::kFloat32:
-            return Backward<float, float>(p).run();
+            return Backward<VectorProducts<float, float>>(p).run();
         case DType::kFloat64:
-            return Backward<double, double>(p).run();
+            return Backward<VectorProducts<double, double>>(p).run();
     }
 }
 
