@@ -198,7 +198,7 @@ private:
             }
         }
         const Vector<C> factor = splat(plain ? scores_.scale : C(1)), nothing = splat(-kInfinity<C>), zero{};
-        const C kept = static_cast<C>(p_.dropout_scale);
+        const Vector<C> kept = splat(static_cast<C>(p_.dropout_scale));
         const C* lse = head.lse.data() + i;
         const C* delta = head.delta.data() + i;
         for (int64_t k = 0; k < round_up(rows, G::kRows * G::kRowStep); ++k) {
@@ -219,11 +219,8 @@ private:
                         Vector<C> dropped = weight;
                         if (!plain) weight = t == nothing ? zero : weight;
                         if (dropout) {
-                            for (int l = 0; l < L; ++l) {
-                                const bool keep = tile.keep[static_cast<size_t>(at + l)];
-                                g[l] = keep ? g[l] * kept : C(0);
-                                dropped[l] = keep ? weight[l] * kept : C(0);
-                            }
+                            g = kept_only<C>(g * kept, tile.keep.data() + at);
+                            dropped = kept_only<C>(weight * kept, tile.keep.data() + at);
                         } else {
                             dropped = weight;
                         }

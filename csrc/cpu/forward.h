@@ -47,7 +47,7 @@ private:
     struct Tile {
         typename P::Matrix q;
         Buffer<C> s, weights, out;
-        C top[kQueryTile], sum[kQueryTile];
+        Totals<C, kQueryTile> totals;
         std::vector<uint8_t> keep;
     };
 
@@ -60,8 +60,7 @@ private:
         for (int64_t r = 0; r < rows; r += kPackRows) tile.q.pack(q, r, kRows);
         C* out = tile.out.reserve(kQueryTile * out_dim);
         std::fill(out, out + kQueryTile * out_dim, C(0));
-        std::fill(tile.top, tile.top + rows, -kInfinity<C>);
-        std::fill(tile.sum, tile.sum + rows, C(0));
+        tile.totals.clear(rows);
 
         const int64_t end = e.key_high(first + rows - 1);
         for (int64_t j = e.key_low(first) / kKeyTile * kKeyTile; j < end; j += kKeyTile) {
@@ -87,18 +86,15 @@ private:
                          tile.keep.data() + span.first, kKeyTile);
         }
         const bool plain = span.whole && scores_.plain();
-        typename P::Weights weights(s, tile.weights);
-        for (int64_t i = 0; i < rows; ++i) {
-            C* row = s + i * kKeyTile;
-            if (!plain) {
-                scores_.template finish_row<false>(row + span.first, e, h, first + r + i, j + span.first, j + span.last);
+        if (!plain) {
+            for (int64_t i = 0; i < rows; ++i) {
+                scores_.template finish_row<false>(s + i * kKeyTile + span.first, e, h, first + r + i, j + span.first,
+                                                   j + span.last);
             }
-            const C rescale =
-                softmax_row<P>(row, i, span, plain ? scores_.scale : C(1),
-                               dropout ? tile.keep.data() + i * kKeyTile : nullptr, weights, tile.top[r + i],
-                               tile.sum[r + i]);
-            if (rescale != 1) scale_row(out + i * keys.v.padded_dim(), rescale, keys.v.padded_dim());
         }
+        typename P::Weights weights(s, tile.weights);
+        softmax_block<P>(s, rows, span, plain ? scores_.scale : C(1), dropout ? tile.keep.data() : nullptr, weights,
+                         tile.totals.top + r, tile.totals.sum + r, out, keys.v.padded_dim());
         P::accumulate_weights(keys.careful, weights, rows, span.first, span.last, keys.v, j, out);
     }
 
@@ -106,8 +102,8 @@ private:
                 const Tile& tile) {
         const C kept = static_cast<C>(p_.dropout_threshold != 0 ? p_.dropout_scale : 1.0);
         for (int64_t r = 0; r < rows; ++r) {
-            const C sum = tile.sum[r], factor = sum == 0 ? C(0) : kept / sum;
-            *at_mutable<C>(p_.lse, e.b, h, first + r) = lse_of(tile.top[r], sum);
+            const C sum = sum_of<C>(tile.totals.sum[r]), factor = sum == 0 ? C(0) : kept / sum;
+            *at_mutable<C>(p_.lse, e.b, h, first + r) = lse_of(tile.totals.top[r], sum);
             write_row<C, T>(out + r * out_dim, factor, p_.head_dim_v, at_mutable<T>(p_.out, e.b, h, first + r),
                             p_.out.stride[3]);
         }

@@ -2,17 +2,24 @@
 #include "attention.h"
 #include "backward.h"
 #include "forward.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
-using Products16 = VectorProducts<BFloat16, float>;
+#if defined(__AMX_BF16__)
+using BFloat16Products = AmxProducts;
+#else
+using BFloat16Products = VectorProducts<BFloat16, float>;
+#endif
 
 void attention_forward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
             return Forward<VectorProducts<Half, float>>(p).run();
         case DType::kBFloat16:
-            return Forward<Products16>(p).run();
+            return Forward<BFloat16Products>(p).run();
         case DType::kFloat32:
             return Forward<VectorProducts<float, float>>(p).run();
         case DType::kFloat64:
@@ -25,7 +32,7 @@ void attention_backward(const AttentionParams& p) {
         case DType::kFloat16:
             return Backward<VectorProducts<Half, float>>(p).run();
         case DType::kBFloat16:
-            return Backward<Products16>(p).run();
+            return Backward<BFloat16Products>(p).run();
         case DType::kFloat32:
             return Backward<VectorProducts<float, float>>(p).run();
         case DType::kFloat64:

@@ -9,7 +9,7 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 // b_stride apart. The product is summed by itself before it is added: the rounding of a long sum then grows with its
 // tiles, not with its terms.
 template <typename C, int rows, int vectors, bool accumulate>
-inline void multiply_tile(const C* a, int64_t a_row, int64_t a_depth, const C* b, int64_t b_stride, int64_t depth, C* c,
+__attribute__((always_inline)) inline void multiply_tile(const C* a, int64_t a_row, int64_t a_depth, const C* b, int64_t b_stride, int64_t depth, C* c,
                           int64_t c_stride) {
     Vector<C> sum[rows][vectors];
 #pragma GCC unroll 12

@@ -1,4 +1,4 @@
-// One row of the online softmax.
+// The online softmax of a block of rows.
 #pragma once
 
 #include "scores.h"
@@ -7,7 +7,8 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
 template <typename C>
 inline void scale_row(C* row, C factor, int64_t n) {
-    for (int64_t d = 0; d < n; ++d) row[d] *= factor;
+    const Vector<C> f = splat(factor);
+    for (int64_t d = 0; d < n; d += kLanes<C>) store<C>(row + d, load<C>(row + d) * f);
 }
 
 template <typename C>
@@ -31,45 +32,68 @@ inline C largest(const C* row, int64_t first, int64_t last) {
     return max_of<C>(larger<C>(larger<C>(top[0], top[1]), larger<C>(top[2], top[3])));
 }
 
-// Turns row `r` of scores, t = scale · s, into weights exp(t - top), `top` being the row's maximum so far, which this
-// updates with `sum`. Returns the factor for what was summed before. keep: dropout's choice, or null.
-template <typename P, typename C>
-inline C softmax_row(C* row, int64_t r, const Span& span, C scale, const uint8_t* keep, typename P::Weights& weights,
-                     C& top, C& sum) {
-    constexpr int L = kLanes<C>, kVectors = P::Weights::kVectors;
-    const C before = top;
-    const C highest = scale * largest(row, span.first, span.last);
-    top = highest > before ? highest : before;
-    // Nothing seen yet: 0 in place of -inf, so that -inf - top is -inf, and a NaN stays one.
-    const C base = top == -kInfinity<C> ? C(0) : top;
+// What the rows of a tile have seen so far: the largest score, and the weights' sum relative to it, in lanes.
+template <typename C, int kMost>
+struct Totals {
+    C top[kMost];
+    Vector<C> sum[kMost];
+
+    void clear(int64_t rows) {
+        for (int64_t r = 0; r < rows; ++r) top[r] = -kInfinity<C>, sum[r] = Vector<C>{};
+    }
+};
+
+// weights = exp(scale · row - base) for columns [first, last), with dropout's choice where kDropout; adds to sum.
+template <typename P, bool kDropout, typename C>
+inline void exponentials(const C* row, int64_t r, const Span& span, C scale, C base, const uint8_t* keep,
+                         typename P::Weights& weights, Vector<C>& sum) {
+    constexpr int L = kLanes<C>, kVectors = P::Weights::kVectors, kUnroll = 4 / kVectors;
     const Vector<C> minus = splat(-base), factor = splat(scale);
     Vector<C> part[4] = {};
-    int64_t c = span.first;
-    const auto step = [&](Vector<C>& total) {
+    const auto step = [&](int64_t c, Vector<C>* total) __attribute__((always_inline)) {
         Vector<C> w[kVectors];
 #pragma GCC unroll 2
         for (int u = 0; u < kVectors; ++u) {
             w[u] = exp<C>(load<C>(row + c + u * L) * factor + minus);
-            total += w[u];
-        }
-        if (keep != nullptr) {
-            for (int u = 0; u < kVectors; ++u) {
-                for (int i = 0; i < L; ++i) w[u][i] = keep[c + u * L + i] ? w[u][i] : C(0);
-            }
+            total[u] += w[u];
+            if constexpr (kDropout) w[u] = kept_only<C>(w[u], keep + c + u * L);
         }
         weights.put(r, c, w);
-        c += kVectors * L;
     };
-    while (c + 4 * kVectors * L <= span.last) {
-        step(part[0]);
-        step(part[1]);
-        step(part[2]);
-        step(part[3]);
+    int64_t c = span.first;
+    for (; c + 4 * L <= span.last; c += 4 * L) {
+#pragma GCC unroll 4
+        for (int u = 0; u < kUnroll; ++u) step(c + u * kVectors * L, part + u * kVectors);
     }
-    while (c < span.last) step(part[0]);
-    const C rescale = before == top ? C(1) : exp_of<C>(before - base);
-    sum = sum * rescale + sum_of<C>((part[0] + part[1]) + (part[2] + part[3]));
-    return rescale;
+    for (; c < span.last; c += kVectors * L) step(c, part);
+    sum += (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// Turns rows of scores t = scale · s into weights exp(t - top), top being each row's maximum so far, and scales what
+// was summed before, `out` (rows x dim) included. keep: dropout's choice, or null.
+template <typename P, typename C>
+inline void softmax_block(const C* s, int64_t rows, const Span& span, C scale, const uint8_t* keep,
+                          typename P::Weights& weights, C* top, Vector<C>* sum, C* out, int64_t dim) {
+    constexpr int L = kLanes<C>;
+    constexpr int64_t kMost = (P::kRowBlock + L - 1) / L * L;
+    C base[kMost] = {}, rescale[kMost] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+        const C before = top[r], highest = scale * largest(s + r * P::kKeyTile, span.first, span.last);
+        top[r] = highest > before ? highest : before;
+        // Nothing seen yet: 0 in place of -inf, so that -inf - top is -inf, and a NaN stays one.
+        base[r] = top[r] == -kInfinity<C> ? C(0) : top[r];
+        rescale[r] = before - base[r];
+    }
+    for (int64_t r = 0; r < rows; r += L) store<C>(rescale + r, exp<C>(load<C>(rescale + r)));
+    for (int64_t r = 0; r < rows; ++r) {
+        sum[r] *= splat(rescale[r]);
+        if (rescale[r] != 1) scale_row(out + r * dim, rescale[r], dim);
+        if (keep == nullptr) {
+            exponentials<P, false>(s + r * P::kKeyTile, r, span, scale, base[r], keep, weights, sum[r]);
+        } else {
+            exponentials<P, true>(s + r * P::kKeyTile, r, span, scale, base[r], keep + r * P::kKeyTile, weights, sum[r]);
+        }
+    }
 }
 
 }  // namespace fastattn::cpu::FASTATTN_CPU_ISA

@@ -60,6 +60,19 @@ inline Vector<C> larger(Vector<C> a, Vector<C> b) {
 #endif
     return a > b ? a : b;
 }
+// x where keep is not 0, else 0.
+template <typename C>
+inline Vector<C> kept_only(Vector<C> x, const uint8_t* keep) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == 4) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
+        return (Vector<C>)_mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), (__m512)x);
+    }
+#endif
+    for (int i = 0; i < kLanes<C>; ++i) x[i] = keep[i] ? x[i] : C(0);
+    return x;
+}
+
 template <typename C>
 inline C sum_of(Vector<C> v) {
 #if defined(__AVX512F__)
