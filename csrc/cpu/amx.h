@@ -165,8 +165,8 @@ struct AmxProducts {
         const int64_t depth = x.depth();
         const AmxOperand left{x.rows.get() + row * depth, kTile, 16 * depth};
         for (int64_t c = c0; c < c1; c += 32) {
-            product(left, {y.columns.get() + (first + c) * depth, kTile, 16 * depth}, depth / 32, rows > 16, true, s + c,
-                    s_stride, false);
+            product(left, {y.columns.get() + (first + c) * depth, kTile, 16 * depth}, depth / 32, rows > 16, true,
+                    s + c, s_stride, false);
         }
     }
 
@@ -209,7 +209,8 @@ struct AmxProducts {
                 std::fill(from + c0 * 32, from + c1 * 32, uint16_t(0));
             }
         }
-        void add_dv(bool careful, int64_t rows, int64_t c0, int64_t c1, const Matrix& dout, int64_t first, C* dv) const {
+        void add_dv(bool careful, int64_t rows, int64_t c0, int64_t c1, const Matrix& dout, int64_t first,
+                    C* dv) const {
             accumulate(careful, {p[0] + c0 * 16, kTile, 16 * kQueryColumns, p[1] + c0 * 16}, rows, c1 - c0, dout,
                        first + c0, dv);
         }
@@ -235,8 +236,10 @@ struct AmxProducts {
         void add_dq_carefully(int64_t keys, int64_t c0, int64_t c1, const Matrix& k, int64_t key, C* to) const {
             for (int64_t j = 0; j < keys; ++j) {
                 for (int64_t c = c0; c < c1; ++c) {
-                    const int64_t at = j / 32 * 32 * kQueryColumns + c / 16 * kTile + j % 16 * 32 + c % 16 * 2 + j % 32 / 16;
-                    const C x = bits_to_float(uint32_t(right[0][at]) << 16) + bits_to_float(uint32_t(right[1][at]) << 16);
+                    const int64_t at =
+                        j / 32 * 32 * kQueryColumns + c / 16 * kTile + j % 16 * 32 + c % 16 * 2 + j % 32 / 16;
+                    const C x =
+                        bits_to_float(uint32_t(right[0][at]) << 16) + bits_to_float(uint32_t(right[1][at]) << 16);
                     if (x == 0) continue;
                     for (int64_t d = 0; d < k.dim; ++d) {
                         const int64_t from = (key + j) / 32 * 32 * k.padded_dim() + d * 32 + j % 16 * 2 + j % 32 / 16;
@@ -246,7 +249,9 @@ struct AmxProducts {
             }
         }
     };
-    static int64_t dq_size(int64_t seqlen_q, int64_t dim) { return round_up(seqlen_q, kQueryColumns) * round_up(dim, 16); }
+    static int64_t dq_size(int64_t seqlen_q, int64_t dim) {
+        return round_up(seqlen_q, kQueryColumns) * round_up(dim, 16);
+    }
     static const C* dq_row(const C* dq, int64_t i, int64_t dim, C* row) {
         const C* from = dq + i / kQueryColumns * kQueryColumns * round_up(dim, 16) + i % kQueryColumns;
         for (int64_t d = 0; d < dim; ++d) row[d] = from[d * kQueryColumns];
@@ -267,8 +272,8 @@ private:
     }
 
     // The same, passing over every zero on the left: an unseen NaN or inf in Y then has no part in the sum.
-    static void accumulate_carefully(const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y, int64_t first,
-                                     C* sum) {
+    static void accumulate_carefully(const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y,
+                                     int64_t first, C* sum) {
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t k = 0; k < depth; ++k) {
                 const int64_t at = i / 16 * left.block + k / 32 * left.step + i % 16 * 32 + k % 16 * 2 + k % 32 / 16;

@@ -1,7 +1,7 @@
 // Backward, by recomputation: with P = exp(S - lse) and delta = rowsum(dO ∘ O) - dlse,
 //   dV = (P ∘ D)ᵀ dO,   dS = P ∘ (D ∘ dO Vᵀ - delta),   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dbias = dS,
-// D being dropout's factors. Work goes by tiles of keys, which own their rows of dK and dV; a tile's part of dQ is added
-// when all earlier tiles have added theirs. Every sum has one order, so nothing depends on the number of threads.
+// D being dropout's factors. Work goes by tiles of keys, which own their rows of dK and dV; a tile's part of dQ is
+// added when all earlier tiles have added theirs. Every sum has one order, so nothing depends on the number of threads.
 #pragma once
 
 #include <stdexcept>
@@ -35,7 +35,8 @@ public:
                         throw;
                     }
                 });
-                run(count_of(entry.seqlen_q, kPackRows), [&](int64_t item) { write_dq(entry, h, item * kPackRows, head); });
+                run(count_of(entry.seqlen_q, kPackRows),
+                    [&](int64_t item) { write_dq(entry, h, item * kPackRows, head); });
             }
         });
         finish_dbias();
@@ -47,14 +48,14 @@ private:
 
     struct Head {
         typename P::Matrix k, v, q, dout;
-        Buffer<C> dk, dv;           // (seqlen_k, padded dim), summed over the query heads of the group
-        Buffer<C> dq;               // of one query head
-        std::vector<C> lse, delta;  // per query, padded; lse is +inf where nothing is seen
+        Buffer<C> dk, dv;                        // (seqlen_k, padded dim), summed over the query heads of the group
+        Buffer<C> dq;                            // of one query head
+        std::vector<C> lse, delta;               // per query, padded; lse is +inf where nothing is seen
         std::vector<std::atomic<int64_t>> turn;  // per tile of queries: the tile of keys that may add to dq
         std::atomic<bool> failed{false}, k_non_finite{false}, q_non_finite{false}, dout_non_finite{false};
     };
     struct Tile {
-        Buffer<C> s, dp;
+        Buffer<C> s, dp, slope;
         typename P::Gradients gradients;
         std::vector<uint8_t> keep;
         C row_sums[kColumns];  // of dS over the tile's keys, where the bias has one element for all keys
@@ -66,9 +67,16 @@ private:
         head.failed = head.k_non_finite = false;
         run(count_of(e.seqlen_k, kPackRows), [&](int64_t item) {
             const int64_t first = item * kPackRows;
-            if (head.k.pack(rows_of<T>(p_.k, e.b, head_k), first, P::kKeyLayouts)) head.k_non_finite = true;
-            head.v.pack(rows_of<T>(p_.v, e.b, head_k), first, P::kValueLayouts);
+            if (head.k.pack(key_rows<T>(p_, p_.k, e, head_k), first, P::kKeyLayouts)) head.k_non_finite = true;
+            head.v.pack(key_rows<T>(p_, p_.v, e, head_k), first, P::kValueLayouts);
         });
+        for (int64_t j = e.seqlen_k; j < e.capacity_k; ++j) {  // what is there and not used
+            C nothing[kMaxHeadDim] = {};
+            write_row<C, T>(nothing, C(0), p_.head_dim_qk, at_mutable<T>(p_.dk, e.batch_k, head_k, e.row_k + j),
+                            p_.dk.stride[3]);
+            write_row<C, T>(nothing, C(0), p_.head_dim_v, at_mutable<T>(p_.dv, e.batch_k, head_k, e.row_k + j),
+                            p_.dv.stride[3]);
+        }
         const int64_t rows = round_up(e.seqlen_k, kKeyRows);
         head.dk.reserve(rows * head.k.padded_dim());
         head.dv.reserve(rows * head.v.padded_dim());
@@ -89,8 +97,8 @@ private:
         run(pieces, [&](int64_t item) {
             std::fill(dq + dq_size * item / pieces, dq + dq_size * (item + 1) / pieces, C(0));
             const int64_t first = item * kPackRows, last = std::min(first + kPackRows, e.seqlen_q);
-            const Rows<T> q = rows_of<T>(p_.q, e.b, h), dout = rows_of<T>(p_.grad_out, e.b, h);
-            const Rows<T> out = rows_of<T>(p_.out, e.b, h);
+            const Rows<T> q = query_rows<T>(p_.q, e, h), dout = query_rows<T>(p_.grad_out, e, h);
+            const Rows<T> out = query_rows<T>(p_.out, e, h);
             if (head.q.pack(q, first, P::kQueryLayouts)) head.q_non_finite = true;
             if (head.dout.pack(dout, first, P::kQueryLayouts)) head.dout_non_finite = true;
             C out_row[kMaxHeadDim], dout_row[kMaxHeadDim];
@@ -101,9 +109,10 @@ private:
                 for (int64_t d = 0; d < p_.head_dim_v; ++d) {
                     delta += static_cast<double>(out_row[d]) * static_cast<double>(dout_row[d]);
                 }
-                if (p_.grad_lse.data != nullptr) delta -= static_cast<double>(*at<C>(p_.grad_lse, e.b, h, i));
+                if (p_.grad_lse.data != nullptr)
+                    delta -= static_cast<double>(*at<C>(p_.grad_lse, e.batch_q, h, e.row_q + i));
                 head.delta[static_cast<size_t>(i)] = static_cast<C>(delta);
-                const double lse = static_cast<double>(*at<C>(p_.lse, e.b, h, i));
+                const double lse = static_cast<double>(*at<C>(p_.lse, e.batch_q, h, e.row_q + i));
                 head.lse[static_cast<size_t>(i)] = lse == -kInfinity<double> ? kInfinity<C> : static_cast<C>(lse);
             }
         });
@@ -113,7 +122,7 @@ private:
         C row[kMaxHeadDim];
         for (int64_t i = first; i < std::min(first + kPackRows, e.seqlen_q); ++i) {
             write_row<C, T>(P::dq_row(head.dq.get(), i, p_.head_dim_qk, row), static_cast<C>(p_.softmax_scale),
-                            p_.head_dim_qk, at_mutable<T>(p_.dq, e.b, h, i), p_.dq.stride[3]);
+                            p_.head_dim_qk, at_mutable<T>(p_.dq, e.batch_q, h, e.row_q + i), p_.dq.stride[3]);
         }
     }
 
@@ -161,7 +170,8 @@ private:
                 if (sums_rows) {
                     for (int64_t c = 0; c < i_end - i; ++c) *dbias_row(e.b, h, i + c) += tile.row_sums[c];
                 }
-                tile.gradients.add_dq(restricted && head.k_non_finite, rows, low, high, head.k, first, i, head.dq.get());
+                tile.gradients.add_dq(restricted && head.k_non_finite, rows, low, high, head.k, first, i,
+                                      head.dq.get());
             }
             turn.store(index + 1, std::memory_order_release);
         }
@@ -169,9 +179,9 @@ private:
         const int64_t head_k = h / (p_.heads_q / p_.heads_k);
         for (int64_t r = 0; r < rows; ++r) {
             write_row<C, T>(dk + r * dim_k, static_cast<C>(p_.softmax_scale), p_.head_dim_qk,
-                            at_mutable<T>(p_.dk, e.b, head_k, first + r), p_.dk.stride[3]);
-            write_row<C, T>(dv + r * dim_v, C(1), p_.head_dim_v, at_mutable<T>(p_.dv, e.b, head_k, first + r),
-                            p_.dv.stride[3]);
+                            at_mutable<T>(p_.dk, e.batch_k, head_k, e.row_k + first + r), p_.dk.stride[3]);
+            write_row<C, T>(dv + r * dim_v, C(1), p_.head_dim_v,
+                            at_mutable<T>(p_.dv, e.batch_k, head_k, e.row_k + first + r), p_.dv.stride[3]);
         }
     }
 
@@ -190,11 +200,12 @@ private:
             dropout_tile_transposed(p_, e.b, h, i + span.first, std::min(i + span.last, i_end), first + r,
                                     first + r + rows, tile.keep.data() + span.first, kColumns);
         }
-        const bool plain = span.whole && scores_.plain();
+        const bool plain = span.whole && scores_.plain(), capped = p_.softcap != 0;
+        C* slope = capped ? tile.slope.reserve(kRowBlock * kColumns) : nullptr;
         if (!plain) {
             for (int64_t k = 0; k < rows; ++k) {
                 scores_.template finish_row<true>(s + k * kColumns + span.first, e, h, first + r + k, i + span.first,
-                                                  i + span.last);
+                                                  i + span.last, capped ? slope + k * kColumns + span.first : nullptr);
             }
         }
         const Vector<C> factor = splat(plain ? scores_.scale : C(1)), nothing = splat(-kInfinity<C>), zero{};
@@ -234,6 +245,14 @@ private:
                         for (int u = 0; u < G::kVectors; ++u) {
                             const int64_t row = k + a * G::kRowStep;
                             if (row < rows) store<C>(s + row * kColumns + c + u * L, ds[a][u]);
+                        }
+                    }
+                }
+                for (int a = 0; a < G::kRows && capped; ++a) {
+                    for (int u = 0; u < G::kVectors; ++u) {
+                        const int64_t at = (k + a * G::kRowStep) * kColumns + c + u * L;
+                        if (k + a * G::kRowStep < rows) {
+                            ds[a][u] = ds[a][u] == zero ? zero : ds[a][u] * load<C>(slope + at);
                         }
                     }
                 }
@@ -280,7 +299,8 @@ private:
 
     // Adds ds (keys [key, key + rows) x queries [i, i_end), rows kColumns apart), which block `block` of keys owns.
     // Row sums go to `row_sums`, to be added in turn.
-    void add_dbias(int64_t b, int64_t h, int64_t key, int64_t rows, int64_t i, int64_t i_end, const C* ds, C* row_sums) {
+    void add_dbias(int64_t b, int64_t h, int64_t key, int64_t rows, int64_t i, int64_t i_end, const C* ds,
+                   C* row_sums) {
         const int64_t n = i_end - i;
         for (int64_t r = 0; r < rows; ++r, ds += kColumns) {
             if (!per_query()) {

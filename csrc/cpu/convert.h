@@ -63,13 +63,18 @@ inline void narrow(float x, Half& to) {
 inline void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }
 inline void narrow(double x, Half& to) { narrow(static_cast<float>(x), to); }
 
-// The rows of one head, wherever they lie.
+// The rows of one head, wherever they lie: at equal distances, or in pages of `page_size` rows each.
 template <typename T>
 struct Rows {
     const T* data;
     int64_t row, dim;  // strides
+    const int32_t* pages = nullptr;
+    int64_t pages_stride = 0, page_size = 1, page_stride = 0;
 
-    const T* at(int64_t i) const { return data + i * row; }
+    const T* at(int64_t i) const {
+        if (pages == nullptr) return data + i * row;
+        return data + pages[i / page_size * pages_stride] * page_stride + i % page_size * row;
+    }
 };
 
 template <typename T>
@@ -79,11 +84,6 @@ inline const T* at(const Tensor4& x, int64_t b, int64_t h, int64_t i) {
 template <typename T>
 inline T* at_mutable(const Tensor4& x, int64_t b, int64_t h, int64_t i) {
     return const_cast<T*>(at<T>(x, b, h, i));
-}
-
-template <typename T>
-inline Rows<T> rows_of(const Tensor4& x, int64_t b, int64_t h) {
-    return {at<T>(x, b, h, 0), x.stride[2], x.stride[3]};
 }
 
 template <typename T, typename C>

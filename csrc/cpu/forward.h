@@ -23,8 +23,9 @@ public:
             keys.v.reserve(entry.seqlen_k, p_.head_dim_v, kPanels);
             keys.careful = false;
             run(count_of(entry.seqlen_k, kPackRows), [&](int64_t item) {
-                keys.k.pack(rows_of<T>(p_.k, b, head_k), item * kPackRows, kColumns);
-                if (keys.v.pack(rows_of<T>(p_.v, b, head_k), item * kPackRows, kPanels) && scores_.restricted()) {
+                keys.k.pack(key_rows<T>(p_, p_.k, entry, head_k), item * kPackRows, kColumns);
+                if (keys.v.pack(key_rows<T>(p_, p_.v, entry, head_k), item * kPackRows, kPanels) &&
+                    scores_.restricted()) {
                     keys.careful = true;
                 }
             });
@@ -54,13 +55,13 @@ private:
     void query_tile(const Entry& e, int64_t h, int64_t first, const Keys& keys, Tile& tile) {
         [[maybe_unused]] const typename P::Session session;
         const int64_t rows = std::min(kQueryTile, e.seqlen_q - first), out_dim = keys.v.padded_dim();
-        Rows<T> q = rows_of<T>(p_.q, e.b, h);
+        Rows<T> q = query_rows<T>(p_.q, e, h);
         q.data += first * q.row;
         tile.q.reserve(rows, p_.head_dim_qk, kRows);
         for (int64_t r = 0; r < rows; r += kPackRows) tile.q.pack(q, r, kRows);
         C* out = tile.out.reserve(kQueryTile * out_dim);
         std::fill(out, out + kQueryTile * out_dim, C(0));
-        tile.totals.clear(rows);
+        tile.totals.start(rows, sink_of<C>(p_, h));
 
         const int64_t end = e.key_high(first + rows - 1);
         for (int64_t j = e.key_low(first) / kKeyTile * kKeyTile; j < end; j += kKeyTile) {
@@ -103,9 +104,9 @@ private:
         const C kept = static_cast<C>(p_.dropout_threshold != 0 ? p_.dropout_scale : 1.0);
         for (int64_t r = 0; r < rows; ++r) {
             const C sum = sum_of<C>(tile.totals.sum[r]), factor = sum == 0 ? C(0) : kept / sum;
-            *at_mutable<C>(p_.lse, e.b, h, first + r) = lse_of(tile.totals.top[r], sum);
-            write_row<C, T>(out + r * out_dim, factor, p_.head_dim_v, at_mutable<T>(p_.out, e.b, h, first + r),
-                            p_.out.stride[3]);
+            *at_mutable<C>(p_.lse, e.batch_q, h, e.row_q + first + r) = lse_of(tile.totals.top[r], sum);
+            write_row<C, T>(out + r * out_dim, factor, p_.head_dim_v,
+                            at_mutable<T>(p_.out, e.batch_q, h, e.row_q + first + r), p_.out.stride[3]);
         }
     }
 

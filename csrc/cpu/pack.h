@@ -177,7 +177,7 @@ struct VectorProducts {
     using Matrix = Operand<C>;
     static constexpr int64_t kRowBlock = 4 * kTileRows;  // rows whose scores stay in the first-level cache
     static constexpr int64_t kKeyTile = 256;
-    static constexpr int64_t kUnit = kLanes<C>;  // columns of scores are made by this many
+    static constexpr int64_t kUnit = kLanes<C>;          // columns of scores are made by this many
     static constexpr int64_t kKeyRows = 16 * kTileRows;  // backward: keys of a tile
     static constexpr int64_t kQueryColumns = 128;        // backward: queries of a tile
 
@@ -237,7 +237,8 @@ struct VectorProducts {
             }
         }
         // dv (rows x dim) += (P ∘ D) · dO[first + c0 .. first + c1) and dk += dS · Q.
-        void add_dv(bool careful, int64_t rows, int64_t c0, int64_t c1, const Matrix& dout, int64_t first, C* dv) const {
+        void add_dv(bool careful, int64_t rows, int64_t c0, int64_t c1, const Matrix& dout, int64_t first,
+                    C* dv) const {
             accumulate(careful, rows, {p_data.get() + c0, kQueryColumns, 1}, dout, first + c0, c1 - c0, dv);
         }
         void add_dk(bool careful, int64_t block, int64_t rows, int64_t c0, int64_t c1, const Matrix& q, int64_t first,
@@ -252,7 +253,9 @@ struct VectorProducts {
                        dq + (first + c0) * k.padded_dim());
         }
     };
-    static int64_t dq_size(int64_t seqlen_q, int64_t dim) { return round_up(seqlen_q, kQueryColumns) * round_up(dim, kLanes<C>); }
+    static int64_t dq_size(int64_t seqlen_q, int64_t dim) {
+        return round_up(seqlen_q, kQueryColumns) * round_up(dim, kLanes<C>);
+    }
     static const C* dq_row(const C* dq, int64_t i, int64_t dim, C*) { return dq + i * round_up(dim, kLanes<C>); }
     static constexpr int kKeyLayouts = kRows | kPanels, kValueLayouts = kRows, kQueryLayouts = kColumns | kPanels;
 

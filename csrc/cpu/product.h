@@ -9,8 +9,8 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 // b_stride apart. The product is summed by itself before it is added: the rounding of a long sum then grows with its
 // tiles, not with its terms.
 template <typename C, int rows, int vectors, bool accumulate>
-__attribute__((always_inline)) inline void multiply_tile(const C* a, int64_t a_row, int64_t a_depth, const C* b, int64_t b_stride, int64_t depth, C* c,
-                          int64_t c_stride) {
+__attribute__((always_inline)) inline void multiply_tile(const C* a, int64_t a_row, int64_t a_depth, const C* b,
+                                                         int64_t b_stride, int64_t depth, C* c, int64_t c_stride) {
     Vector<C> sum[rows][vectors];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
@@ -61,8 +61,8 @@ void multiply_rows(int64_t rows, Left<C> left, const C* b, int64_t b_stride, int
         }
     }
     switch (rows) {
-#define FASTATTN_ROWS(n)                                                                                           \
-    case n:                                                                                                        \
+#define FASTATTN_ROWS(n) \
+    case n:              \
         return multiply_tile<C, n, vectors, accumulate>(left.a, left.row, left.depth, b, b_stride, depth, c, c_stride)
         FASTATTN_ROWS(1);
         FASTATTN_ROWS(2);

@@ -32,14 +32,25 @@ inline C largest(const C* row, int64_t first, int64_t last) {
     return max_of<C>(larger<C>(larger<C>(top[0], top[1]), larger<C>(top[2], top[3])));
 }
 
+template <typename C>
+inline const C* sink_of(const AttentionParams& p, int64_t h) {
+    return p.sinks.data == nullptr ? nullptr : static_cast<const C*>(p.sinks.data) + h * p.sinks.stride[0];
+}
+
 // What the rows of a tile have seen so far: the largest score, and the weights' sum relative to it, in lanes.
 template <typename C, int kMost>
 struct Totals {
     C top[kMost];
     Vector<C> sum[kMost];
 
-    void clear(int64_t rows) {
-        for (int64_t r = 0; r < rows; ++r) top[r] = -kInfinity<C>, sum[r] = Vector<C>{};
+    // A sink is what a row has seen before its first key: a score that has a weight, and no value.
+    void start(int64_t rows, const C* sink) {
+        const bool seen = sink != nullptr && *sink != -kInfinity<C>;
+        for (int64_t r = 0; r < rows; ++r) {
+            top[r] = seen ? *sink : -kInfinity<C>;
+            sum[r] = Vector<C>{};
+            sum[r][0] = seen ? C(1) : C(0);
+        }
     }
 };
 
@@ -91,7 +102,8 @@ inline void softmax_block(const C* s, int64_t rows, const Span& span, C scale, c
         if (keep == nullptr) {
             exponentials<P, false>(s + r * P::kKeyTile, r, span, scale, base[r], keep, weights, sum[r]);
         } else {
-            exponentials<P, true>(s + r * P::kKeyTile, r, span, scale, base[r], keep + r * P::kKeyTile, weights, sum[r]);
+            exponentials<P, true>(s + r * P::kKeyTile, r, span, scale, base[r], keep + r * P::kKeyTile, weights,
+                                  sum[r]);
         }
     }
 }

@@ -1,5 +1,5 @@
-// Vectors as the compiler spells them, and exp. Included once per instruction set (FASTATTN_CPU_ISA names the namespace),
-// so every function here is inlined for the flags of its translation unit.
+// Vectors as the compiler spells them, and exp. Included once per instruction set (FASTATTN_CPU_ISA names the
+// namespace), so every function here is inlined for the flags of its translation unit.
 #pragma once
 
 #include <cmath>
@@ -156,6 +156,24 @@ inline Vector<C> exp(Vector<C> x) {
     Vector<C> power;
     std::memcpy(&power, &exponent, sizeof power);
     return x < splat<C>(E::kLowest) ? Vector<C>{} : p * power;
+}
+
+// tanh: near 0 in float, x + x³ P(x²) (the Cephes library's polynomial); elsewhere (1 - e) / (1 + e), e = exp(-2 |x|).
+template <typename C>
+inline Vector<C> tanh(Vector<C> x) {
+    if constexpr (sizeof(C) == 8) {
+        for (int i = 0; i < kLanes<C>; ++i) x[i] = std::tanh(x[i]);
+        return x;
+    } else {
+        const Vector<C> magnitude = x < Vector<C>{} ? -x : x, e = exp<C>(magnitude * splat<C>(-2));
+        const Vector<C> far = (splat<C>(1) - e) / (splat<C>(1) + e), z = x * x;
+        Vector<C> p = splat<C>(-5.70498872745e-3f);
+        for (const C c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) {
+            p = p * z + splat<C>(c);
+        }
+        const Vector<C> near = p * z * x + x;
+        return magnitude < splat<C>(0.625f) ? near : x < Vector<C>{} ? -far : far;
+    }
 }
 
 template <typename C>
