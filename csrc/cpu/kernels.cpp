@@ -2,32 +2,41 @@
 #include "attention.h"
 #include "backward.h"
 #include "forward.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
+
+#if defined(__AMX_BF16__)
+using BFloat16Products = AmxProducts;
+#else
+using BFloat16Products = VectorProducts<BFloat16, float>;
+#endif
 
 void attention_forward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Forward<Half, float>(p).run();
+            return Forward<VectorProducts<Half, float>>(p).run();
         case DType::kBFloat16:
-            return Forward<BFloat16, float>(p).run();
+            return Forward<BFloat16Products>(p).run();
         case DType::kFloat32:
-            return Forward<float, float>(p).run();
+            return Forward<VectorProducts<float, float>>(p).run();
         case DType::kFloat64:
-            return Forward<double, double>(p).run();
+            return Forward<VectorProducts<double, double>>(p).run();
     }
 }
 
 void attention_backward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Backward<Half, float>(p).run();
+            return Backward<VectorProducts<Half, float>>(p).run();
         case DType::kBFloat16:
-            return Backward<BFloat16, float>(p).run();
+            return Backward<BFloat16Products>(p).run();
         case DType::kFloat32:
-            return Backward<float, float>(p).run();
+            return Backward<VectorProducts<float, float>>(p).run();
         case DType::kFloat64:
-            return Backward<double, double>(p).run();
+            return Backward<VectorProducts<double, double>>(p).run();
     }
 }
 
