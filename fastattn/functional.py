@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastattn import dispatch, ops, reference
 from fastattn.backends.base import Tensors
-from fastattn.call import combine_window, prepare, shaping, unfold
+from fastattn.call import combine_window, plain_key, prepare, remember, run_repeated, shaping, unfold
 from fastattn.spec import Window
+
+
+def _is_default(dropout_p: float, scale: float | None) -> bool:
+    """No dropout, and a scale whose kind needs no check; its value has been checked if there was such a call before."""
+    return type(dropout_p) is float and dropout_p == 0 and (scale is None or type(scale) is float)
 
 
 def attention(
@@ -75,6 +82,12 @@ def attention(
         ValueError: shapes that do not fit together, a value out of range, tensors on different devices.
         RuntimeError: a named backend cannot run this call; the message gives its reasons.
     """
+    shaped = shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
+    plain: tuple[Any, ...] = ()
+    if mask is bias is window is offset is shaped is backend is None and _is_default(dropout_p, softmax_scale):
+        plain = plain_key(query, key, value, "attention", bool(causal), softmax_scale)
+        if (result := run_repeated(plain, query, key, value)) is not None:
+            return result if return_lse else result[0]
     arguments, batch = prepare(
         query,
         key,
@@ -87,9 +100,10 @@ def attention(
         dropout_p,
         dropout_seed,
         backend,
-        shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens),
+        shaped,
     )
     out, lse = ops.run_forward(*arguments[:6], *arguments.call)
+    remember(plain, arguments, query, key, value)
     out = unfold(out, query, batch)
     return (out, unfold(lse, query, batch)) if return_lse else out
 
@@ -128,6 +142,11 @@ def scaled_dot_product_attention(
         TypeError, ValueError: as :func:`attention`; also when a mask comes together with ``is_causal``, or head counts
             differ without ``enable_gqa``.
     """
+    plain: tuple[Any, ...] = ()
+    if attn_mask is None and _is_default(dropout_p, scale):
+        plain = plain_key(query, key, value, "sdpa", bool(is_causal), scale, bool(enable_gqa))
+        if (result := run_repeated(plain, query, key, value)) is not None:
+            return result[0]
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other; give one of them")
     mask = bias = None
@@ -141,6 +160,7 @@ def scaled_dot_product_attention(
         query, key, value, mask, bias, window, 0, scale, dropout_p, None, None, gqa_hint=hint, mask_name="attn_mask"
     )
     out, _ = ops.run_forward(*arguments[:6], *arguments.call)
+    remember(plain, arguments, query, key, value)
     return unfold(out, query, batch)
 
 

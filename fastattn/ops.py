@@ -88,7 +88,7 @@ def make_spec(t: Tensors, call: Call) -> AttentionSpec:
     )
 
 
-def _plan(t: Tensors, others: Others, call: Call) -> tuple[AttentionSpec, Backend | None]:
+def find_plan(t: Tensors, others: Others, call: Call) -> tuple[AttentionSpec, Backend | None]:
     """The spec and its backend (None: nothing to compute), remembered by everything that they depend on."""
     q, bias = t.q, t.bias
     key = (
@@ -117,7 +117,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, others: Others, *call: Any
 ) -> tuple[Tensor, Tensor]:
     t = Tensors(q, k, v, bias, sinks, *others)
-    spec, backend = _plan(t, others, call)
+    spec, backend = find_plan(t, others, call)
     if backend is None:
         lse = empty_lse(q).fill_(-math.inf) if sinks is None else empty_lse(q).copy_(sinks.view(-1, 1))
         return empty_like_layout(q, spec.head_dim_v).zero_(), lse
@@ -138,7 +138,7 @@ def _backward(
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = Tensors(q, k, v, bias, sinks, *others)
-    spec, backend = _plan(t, others, call)
+    spec, backend = find_plan(t, others, call)
     if backend is None:
         gradients = [empty_like_layout(x).zero_() for x in (q, k, v)]
         dbias = None if bias is None or not spec.needs_bias_grad else torch.zeros_like(bias)
@@ -212,7 +212,7 @@ class _Attention(torch.autograd.Function):
         dq = dk = dv = dbias = None
         needs = ctx.needs_input_grad
         if ctx.call[5] or ctx.call[6]:
-            plain = not torch.is_grad_enabled() and _is_plain((grad_out, grad_lse, q, k, v, bias), others)
+            plain = not torch.is_grad_enabled() and is_plain((grad_out, grad_lse, q, k, v, bias), others)
             run = _backward if plain else _backward_op
             dq, dk, dv, dbias = run(grad_out, grad_lse, q, k, v, bias, sinks, others, out, lse, *ctx.call)
         return (
@@ -253,7 +253,7 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if _is_plain(arguments[:5], arguments[5]):
+    if is_plain(arguments[:5], arguments[5]):
         return _forward(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*arguments)
@@ -298,10 +298,10 @@ _forward_op = torch.ops.fastattn.attention_forward.default
 _backward_op = torch.ops.fastattn.attention_backward.default
 
 
-def _is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
-    """Whether a kernel alone would look at a call: no tracing, mode, transform, subclass, lazy negation or profiler."""
+def is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
+    """Whether a kernel alone would look at a call: no tracing, mode, transform, subclass, negation or profiler."""
     for x in (*tensors, *others):
-        if x is not None and (type(x) not in _PLAIN_TYPES or x.is_neg()):
+        if x is not None and (type(x) not in _PLAIN_TYPES or x.layout is not torch.strided or x.is_neg()):
             return False
     first = tensors[0]
     return (

@@ -218,3 +218,25 @@ def test_attention_weights_are_those_of_the_call() -> None:
     assert torch.allclose(weights @ i.v, out, atol=1e-12)
     with pytest.raises(ValueError, match="dropout_seed"):
         fastattn.attention_weights(i.q, i.k, lse, dropout_p=0.5)
+
+
+def test_a_repeated_plain_call_is_the_same_call() -> None:
+    """The short path of calls that were made before: the same bits, and nothing is taken for plain that is not."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    first, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    again, lse_again = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    assert torch.equal(first, again) and torch.equal(lse, lse_again)
+    assert not torch.equal(first, fastattn.attention(q, k, v))
+    assert torch.equal(fastattn.scaled_dot_product_attention(q, k, v), fastattn.attention(q, k, v))
+    assert fastattn.attention(q.clone().requires_grad_(), k, v, causal=True).requires_grad
+    with fastattn.use_backend("reference"):
+        torch.testing.assert_close(fastattn.attention(q, k, v, causal=True), first)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastattn.attention(q, k, v, causal=True).dtype is torch.bfloat16
+    with torch.profiler.profile() as profile:
+        fastattn.attention(q, k, v, causal=True)
+    assert "fastattn::attention_forward" in {event.key for event in profile.key_averages()}
+    with pytest.raises(TypeError, match="dense"):
+        fastattn.attention(q.to_sparse(), k, v, causal=True)
+    with pytest.raises(TypeError, match="scale"):
+        fastattn.attention(q, k, v, causal=True, softmax_scale=True)

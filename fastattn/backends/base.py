@@ -76,6 +76,8 @@ def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:
     A view of a ``(batch, seq, heads, head_dim)`` projection thus gets an output that folds back without a copy.
     """
     batch, heads, seq, dim = x.shape
+    if x.is_contiguous() and (head_dim is None or head_dim == dim):
+        return torch.empty_like(x)
     dim = dim if head_dim is None else head_dim
     if heads > 1 and seq > 1 and x.stride(1) < x.stride(2):
         return x.new_empty((batch, seq, heads, dim)).transpose(1, 2)
@@ -84,4 +86,5 @@ def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:
 
 def empty_lse(q: Tensor) -> Tensor:
     """Uninitialised ``(batch, heads_q, seq_q)``, float64 for float64 queries, else float32."""
-    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return torch.empty(q.shape[:3], dtype=wide, device=q.device)
