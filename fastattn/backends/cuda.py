@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, empty_like_layout
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout, not_yet
 from fastattn.backends.native import backward_arguments, forward_arguments
 from fastattn.spec import AttentionSpec
 
@@ -54,7 +54,7 @@ class CudaBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = []
+        reasons = not_yet(spec)
         if torch.device(spec.device).type != "cuda":
             reasons.append(f"device {spec.device}: this backend runs on CUDA devices")
         elif self.unavailable_reason() is None and _capability(spec.device) < _lowest_capability():
@@ -75,46 +75,26 @@ class CudaBackend:
     def _stream(self, x: Tensor) -> int:
         return torch.cuda.current_stream(x.device).cuda_stream
 
-    def forward(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        out = empty_like_layout(q, spec.head_dim_v)
-        lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
-        arguments = forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse)
-        _C.cuda_forward(*arguments, q.get_device(), self._stream(q))
+    def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
+        out = empty_like_layout(t.q, spec.head_dim_v)
+        lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=t.q.device)
+        arguments = forward_arguments(spec, t, out, lse)
+        _C.cuda_forward(*arguments, t.q.get_device(), self._stream(t.q))
         return out, lse
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
-        dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
+        dq, dk, dv = empty_like_layout(t.q), empty_like_layout(t.k), empty_like_layout(t.v)
         dbias = None
-        if spec.needs_bias_grad and bias is not None:
-            dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-        delta = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
+        if spec.needs_bias_grad and t.bias is not None:
+            dbias = torch.empty(t.bias.shape, dtype=t.bias.dtype, device=t.q.device)
+        delta = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=t.q.device)
         _C.cuda_backward(
-            *forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse),
+            *forward_arguments(spec, t, out, lse),
             *backward_arguments(grad_out, grad_lse, dq, dk, dv, dbias),
             delta.data_ptr(),
-            q.get_device(),
-            self._stream(q),
+            t.q.get_device(),
+            self._stream(t.q),
         )
         return dq, dk, dv, dbias
