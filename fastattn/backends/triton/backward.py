@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.scores import LOG2E, exponential, kept, queries, scores
-from fastattn.backends.triton.sequences import extras, key_tile, key_tiles, query_tiles, sequence
+from fastattn.backends.triton.sequences import (
+    SIZES,
+    Sizes,
+    extras,
+    key_tile,
+    key_tiles,
+    query_tiles,
+    sequence,
+    statistics_row,
+)
 from fastattn.backends.triton.tiles import (
     INF,
     Pages,
@@ -30,39 +39,40 @@ from fastattn.backends.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["grad_lse", "delta", "sizes"])
+@triton.jit(do_not_specialize=["grad_lse", "delta", "heads_q", "rows_q"])
 def delta_kernel(
     out,  # Matrix (batch, heads_q, rows, head_dim_v)
     grad_out,  # like out
-    grad_lse,  # Matrix (batch, heads_q, rows), or None
+    grad_lse,  # (batch, heads_q, rows), contiguous, or None
     delta,  # (batch, heads_q, rows) float32, contiguous
-    sizes,  # (heads_q, rows)
+    heads_q,
+    rows_q,
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """delta = rowsum(dO * O) - dlse."""
-    tiles = tl.cdiv(sizes[1], BLOCK_M)
+    tiles = tl.cdiv(rows_q, BLOCK_M)
     start_m = tl.program_id(0) % tiles * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b = bh // sizes[0]
-    h = bh % sizes[0]
-    o = load_tile(at(out, b, h, 0), start_m, sizes[1], BLOCK_M, F.V, True)
-    do = load_tile(at(grad_out, b, h, 0), start_m, sizes[1], BLOCK_M, F.V, True)
+    b = bh // heads_q
+    h = bh % heads_q
+    o = load_tile(at(out, b, h, 0), start_m, rows_q, BLOCK_M, F.V, True)
+    do = load_tile(at(grad_out, b, h, 0), start_m, rows_q, BLOCK_M, F.V, True)
     value = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
     if F.V.TAIL != 0:
         value += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
     i = start_m + tl.arange(0, BLOCK_M)
     if grad_lse is not None:
-        pointers = at(grad_lse, b, h, 0).data + i.to(tl.int64) * grad_lse.stride[2]
-        value -= tl.load(pointers, mask=i < sizes[1], other=0.0).to(tl.float32)
-    tl.store(delta + bh * sizes[1] + i, value, mask=i < sizes[1])
+        value -= tl.load(grad_lse + bh * rows_q + i, mask=i < rows_q, other=0.0).to(tl.float32)
+    tl.store(delta + bh * rows_q + i, value, mask=i < rows_q)
 
 
 @triton.jit
-def load_statistics(lse, delta, i, count, F: tl.constexpr):
+def load_statistics(lse, delta, b, h, i, seq, sizes, F: tl.constexpr):
     """lse, in units of the scores, and delta of the queries ``i``. lse is +inf where a row sees nothing: P = 0."""
-    row_lse = tl.load(lse.data + i.to(tl.int64) * lse.stride[2], mask=i < count, other=-INF)
-    row_delta = tl.load(delta.data + i.to(tl.int64) * delta.stride[2], mask=i < count, other=0.0)
+    row = statistics_row(b, h, seq, sizes, F) + i
+    row_lse = tl.load(lse + row, mask=i < seq.q_len, other=-INF)
+    row_delta = tl.load(delta + row, mask=i < seq.q_len, other=0.0)
     row_lse = tl.where(row_lse == -INF, INF, row_lse)
     if F.BIAS == "none":
         row_lse *= LOG2E
@@ -70,9 +80,11 @@ def load_statistics(lse, delta, i, count, F: tl.constexpr):
 
 
 @triton.jit
-def gradient(qk, dp, row_lse, row_delta, keep, rows, j, b, seq, x, scales, F: tl.constexpr, EDGE: tl.constexpr):
+def gradient(
+    qk, dp, row_lse, row_delta, keep, rows, j, b, seq, x, sizes, scales, F: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
     """M P, dS, dS C and visibility of one tile, in the orientation of ``qk``; ``row_lse`` and ``row_delta`` broadcast."""
-    s, visible, steepness = scores(qk, rows, j, b, seq, x, scales, F, EDGE)
+    s, visible, steepness = scores(qk, rows, j, b, seq, x, sizes, scales, F, EDGE)
     p = exponential(s - row_lse, F)
     if EDGE or F.HIDDEN:
         p = tl.where(visible, p, 0.0)
@@ -111,7 +123,7 @@ def _dkdv_queries(
         q_tile = load_tile(q_head, start_m, seq.q_len, BLOCK_M, F.QK, EDGE)
         do = load_tile(grad_out_head, start_m, seq.q_len, BLOCK_M, F.V, EDGE)
         i = start_m + tl.arange(0, BLOCK_M)
-        row_lse, row_delta = load_statistics(at(lse, b, h, seq.q_start), at(delta, b, h, seq.q_start), i, seq.q_len, F)
+        row_lse, row_delta = load_statistics(lse, delta, b, h, i, seq, sizes, F)
         rows = queries(b, h, i[None, :], seq, x, sizes, F)
         kq = matmul(k_tile, q_tile, F.QK, F)
         dp = matmul(v_tile, do, F.V, F)
@@ -119,7 +131,7 @@ def _dkdv_queries(
         if F.DROPOUT:
             keep = tl.trans(kept(i[:, None], rows.head, start_n, x.seed, sizes.threshold, BLOCK_N))
         weights, _, dqk, visible = gradient(
-            kq, dp, row_lse[None, :], row_delta[None, :], keep, rows, j, b, seq, x, scales, F, EDGE
+            kq, dp, row_lse[None, :], row_delta[None, :], keep, rows, j, b, seq, x, sizes, scales, F, EDGE
         )
         if CAREFUL:
             pages = Pages(None, 0)
@@ -131,14 +143,20 @@ def _dkdv_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["x", "lse", "delta", "sizes"])
+@triton.jit(do_not_specialize=["lse", "delta", *SIZES])
 def dkdv_kernel(
     q, k, v, mask, bias, x, grad_out, lse, delta, dk, dv,
     broken,  # (batch * heads_k, tiles of FLAG_BLOCK keys) uint8: the tile holds NaN or inf; None if not RESTRICTED
-    sizes, scales,
+    batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+    slopes_step, q_segments_step, k_segments_step, pages_step,
+    scales,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAG_BLOCK: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of keys of one key head."""
+    sizes = Sizes(
+        batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+        slopes_step, q_segments_step, k_segments_step, pages_step,
+    )  # fmt: skip
     x = extras(x, mask, bias)
     tiles = tl.cdiv(sizes.seqlen_k, BLOCK_N)
     start_n = tl.program_id(0) % tiles * BLOCK_N
@@ -217,7 +235,7 @@ def _dq_keys(
             keep = kept(rows.i, rows.head, start_n, x.seed, sizes.threshold, BLOCK_N)
         j = (start_n + tl.arange(0, BLOCK_N))[None, :]
         _, _, dqk, visible = gradient(
-            qk, dp, row_lse[:, None], row_delta[:, None], keep, rows, j, b, seq, x, scales, F, EDGE
+            qk, dp, row_lse[:, None], row_delta[:, None], keep, rows, j, b, seq, x, sizes, scales, F, EDGE
         )
         if CAREFUL:
             dq = careful_product(dq, dqk, visible, k, pages, start_n, seq.k_len, BLOCK_N, F.QK, False)
@@ -226,15 +244,21 @@ def _dq_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["x", "lse", "delta", "sizes"])
+@triton.jit(do_not_specialize=["lse", "delta", *SIZES])
 def dq_kernel(
     q, k, v, mask, bias, x, grad_out, lse, delta, dq,
     broken,  # (batch * heads_q, tiles of FLAG_BLOCK queries) uint8: the tile holds NaN or inf; None if not RESTRICTED
-    sizes, scales,
+    batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+    slopes_step, q_segments_step, k_segments_step, pages_step,
+    scales,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAG_BLOCK: tl.constexpr, CAREFUL: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of queries of one head."""
+    sizes = Sizes(
+        batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+        slopes_step, q_segments_step, k_segments_step, pages_step,
+    )  # fmt: skip
     x = extras(x, mask, bias)
     tiles = tl.cdiv(sizes.seqlen_q, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -259,14 +283,14 @@ def dq_kernel(
     q_tile = load_tile(at(q, b, h, seq.q_start), start_m, seq.q_len, BLOCK_M, F.QK, True)
     do = load_tile(at(grad_out, b, h, seq.q_start), start_m, seq.q_len, BLOCK_M, F.V, True)
     i = start_m + tl.arange(0, BLOCK_M)
-    row_lse, row_delta = load_statistics(at(lse, b, h, seq.q_start), at(delta, b, h, seq.q_start), i, seq.q_len, F)
+    row_lse, row_delta = load_statistics(lse, delta, b, h, i, seq, sizes, F)
     rows = queries(b, h, i[:, None], seq, x, sizes, F)
     k_described, v_described = None, None
     if DESCRIPTORS:
         k_described = describe(k, seq.k_len, BLOCK_N, F.QK)
         v_described = describe(v, seq.k_len, BLOCK_N, F.V)
     last = tl.minimum(start_m + BLOCK_M, seq.q_len) - 1
-    gap, begin, full_begin, full_end, end = key_tiles(start_m, last, b, h, seq, x, BLOCK_M, BLOCK_N, F)
+    gap, begin, full_begin, full_end, end = key_tiles(start_m, last, b, h, seq, x, sizes, BLOCK_M, BLOCK_N, F)
     acc = zeros(BLOCK_M, F.QK)
     if CAREFUL:
         acc = _dq_keys(

@@ -5,35 +5,40 @@ import triton.language as tl
 
 from fastattn.backends.triton.backward import gradient, load_statistics
 from fastattn.backends.triton.scores import kept, queries
-from fastattn.backends.triton.sequences import extras, key_tiles, sequence
+from fastattn.backends.triton.sequences import SIZES, Sizes, extras, key_tiles, sequence
 from fastattn.backends.triton.tiles import Pages, at, load_keys, load_tile, matmul
 
 
-@triton.jit(do_not_specialize=["x", "lse", "delta", "sizes", "extent"])
+@triton.jit(do_not_specialize=["lse", "delta", "bias_b", "bias_h", "bias_m", "bias_n", *SIZES])
 def dbias_kernel(
     q, k, v, mask, bias, x, grad_out, lse, delta,
     dbias,  # Matrix in the bias's own shape
-    sizes,
-    extent,  # (batch, heads_q, *shape of the bias)
+    bias_b, bias_h, bias_m, bias_n,  # the bias's own shape
+    batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+    slopes_step, q_segments_step, k_segments_step, pages_step,
     scales,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr,  # whether the bias is broadcast over queries, over keys
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the bias, looping over the batch entries, heads, queries and keys it is broadcast to."""
+    sizes = Sizes(
+        batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+        slopes_step, q_segments_step, k_segments_step, pages_step,
+    )  # fmt: skip
     x = extras(x, mask, bias)
-    tiles_m = tl.cdiv(extent[4], BLOCK_M)
-    tiles_n = tl.cdiv(extent[5], BLOCK_N)
+    tiles_m = tl.cdiv(bias_m, BLOCK_M)
+    tiles_n = tl.cdiv(bias_n, BLOCK_N)
     pid = tl.program_id(0)
     own_n = pid % tiles_n * BLOCK_N
     own_m = pid // tiles_n % tiles_m * BLOCK_M
-    own_h = pid // (tiles_n * tiles_m) % extent[3]
-    own_b = pid // (tiles_n * tiles_m) // extent[3]
+    own_h = pid // (tiles_n * tiles_m) % bias_h
+    own_b = pid // (tiles_n * tiles_m) // bias_h
     first_b, last_b = own_b, own_b + 1
     first_h, last_h = own_h, own_h + 1
-    if extent[2] == 1:
-        last_b = extent[0]
-    if extent[3] == 1:
-        last_h = extent[1]
+    if bias_b == 1:
+        last_b = batch
+    if bias_h == 1:
+        last_h = heads_q
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     pages = Pages(None, 0)
     for b in tl.range(first_b, last_b):
@@ -46,7 +51,7 @@ def dbias_kernel(
             v_head = at(v, b, h // sizes.group, seq.k_start)
             for start_m in tl.range(first_m, last_m, BLOCK_M):
                 last = tl.minimum(start_m + BLOCK_M, seq.q_len) - 1
-                seen = key_tiles(start_m, last, b, h, seq, x, BLOCK_M, BLOCK_N, F)
+                seen = key_tiles(start_m, last, b, h, seq, x, sizes, BLOCK_M, BLOCK_N, F)
                 begin, end = seen.begin, seen.end
                 if F.PREFIX and F.HAS_LO:
                     begin = begin * 0
@@ -55,9 +60,7 @@ def dbias_kernel(
                 q_tile = load_tile(at(q, b, h, seq.q_start), start_m, seq.q_len, BLOCK_M, F.QK, True)
                 do = load_tile(at(grad_out, b, h, seq.q_start), start_m, seq.q_len, BLOCK_M, F.V, True)
                 i = start_m + tl.arange(0, BLOCK_M)
-                row_lse, row_delta = load_statistics(
-                    at(lse, b, h, seq.q_start), at(delta, b, h, seq.q_start), i, seq.q_len, F
-                )
+                row_lse, row_delta = load_statistics(lse, delta, b, h, i, seq, sizes, F)
                 rows = queries(b, h, i[:, None], seq, x, sizes, F)
                 for start_n in tl.range(begin, end, BLOCK_N):
                     k_tile = load_keys(
@@ -73,7 +76,7 @@ def dbias_kernel(
                         keep = kept(rows.i, rows.head, start_n, x.seed, sizes.threshold, BLOCK_N)
                     j = (start_n + tl.arange(0, BLOCK_N))[None, :]
                     tile = gradient(
-                        qk, dp, row_lse[:, None], row_delta[:, None], keep, rows, j, b, seq, x, scales, F, True
+                        qk, dp, row_lse[:, None], row_delta[:, None], keep, rows, j, b, seq, x, sizes, scales, F, True
                     )
                     acc += tl.where(i[:, None] < seq.q_len, tile[1], 0.0)
     row = own_m + tl.arange(0, BLOCK_M)[:, None]
@@ -86,4 +89,4 @@ def dbias_kernel(
         col = own_n + tl.arange(0, 1)[None, :]
     dbias = at(dbias, own_b, own_h, 0)
     pointers = dbias.data + row.to(tl.int64) * dbias.stride[2] + col.to(tl.int64) * dbias.stride[3]
-    tl.store(pointers, acc.to(dbias.data.dtype.element_ty), mask=(row < extent[4]) & (col < extent[5]))
+    tl.store(pointers, acc.to(dbias.data.dtype.element_ty), mask=(row < bias_m) & (col < bias_n))

@@ -9,10 +9,17 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.scores import LN2, LOG2E, exponential, kept, queries, scores
-from fastattn.backends.triton.sequences import extras, key_tile, key_tiles, sequence
+from fastattn.backends.triton.sequences import (
+    SIZES,
+    Sizes,
+    extras,
+    key_tile,
+    key_tiles,
+    sequence,
+    statistics_row,
+)
 from fastattn.backends.triton.tiles import (
     INF,
-    Matrix,
     Pages,
     add_product,
     at,
@@ -41,13 +48,11 @@ def _attend(
     # Counting from 0: Triton 3.9 does not pipeline a loop whose first index depends on another loop.
     for t in tl.range(0, tl.cdiv(last - first + gap, BLOCK_N), warp_specialize=SPECIALIZE):
         start_n = key_tile(t, first, gap, BLOCK_N, F)
-        k_tile = load_keys(
-            k, k_described, pages, start_n, seq.k_first, seq.k_len, BLOCK_N, F.QK, F, EDGE, DESCRIPTORS
-        )
+        k_tile = load_keys(k, k_described, pages, start_n, seq.k_first, seq.k_len, BLOCK_N, F.QK, F, EDGE, DESCRIPTORS)
         qk = matmul(q, k_tile, F.QK, F)
         j = (start_n + tl.arange(0, BLOCK_N))[None, :]
         if EDGE or F.SHAPED:
-            s, visible, _ = scores(qk, rows, j, b, seq, x, scales, F, EDGE)
+            s, visible, _ = scores(qk, rows, j, b, seq, x, sizes, scales, F, EDGE)
             if EDGE or F.HIDDEN:
                 s = tl.where(visible, s, -INF)
             new_maximum = tl.maximum(maximum, tl.max(s, 1))
@@ -96,7 +101,7 @@ def _log_sum(total, maximum, F: tl.constexpr):
     return tl.where(total == 0.0, -INF, value)
 
 
-@triton.jit(do_not_specialize=["x", "lse", "split_strides", "sizes"])
+@triton.jit(do_not_specialize=["lse", *SIZES])
 def forward_kernel(
     q,  # Matrix (batch, heads_q, seqlen_q, head_dim_qk)
     k,  # Matrix (batch, heads_k, seqlen_k, head_dim_qk), or (pages, heads_k, page_size, head_dim_qk)
@@ -105,10 +110,10 @@ def forward_kernel(
     bias,  # Matrix (batch, heads_q, seqlen_q, seqlen_k), or None
     x,  # Extras
     out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v); with SPLIT of float32
-    lse,  # Matrix (batch, heads_q, seqlen_q) of float32
-    split_strides,  # of out and lse, from one split to the next
+    lse,  # (batch, heads_q, seqlen_q) of float32, contiguous; with SPLIT (splits, ...), and so is out
     broken,  # (splits, rows of programs, tiles of FLAG_BLOCK) uint8: the tile holds NaN or inf; None if not RESTRICTED
-    sizes,
+    batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+    slopes_step, q_segments_step, k_segments_step, pages_step,
     scales,
     F: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -118,11 +123,15 @@ def forward_kernel(
     CAREFUL: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
-):
+):  # fmt: skip
     """One program per tile of queries of one head, or (PACK) of all heads that share a key head; and per split of keys.
 
     Without CAREFUL every tile, marking the broken ones; with it, the broken ones again.
     """
+    sizes = Sizes(
+        batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+        slopes_step, q_segments_step, k_segments_step, pages_step,
+    )  # fmt: skip
     x = extras(x, mask, bias)
     pack = sizes.group if F.PACK else 1
     tiles = tl.cdiv(sizes.seqlen_q * pack, BLOCK_M)
@@ -166,7 +175,7 @@ def forward_kernel(
     rows = queries(b, column, i[:, None], seq, x, sizes, F)
     pages = Pages(None, 0)
     if F.PAGED:
-        pages = Pages(x.pages.data + tl.cast(b, tl.int64) * x.pages.stride[0], sizes.page_size)
+        pages = Pages(x.pages + tl.cast(b, tl.int64) * sizes.pages_step, sizes.page_size)
         k = at(k, 0, hk, 0)
         v = at(v, 0, hk, 0)
     else:
@@ -180,7 +189,7 @@ def forward_kernel(
     first = start_m // pack
     last = tl.minimum((start_m + BLOCK_M - 1) // pack, seq.q_len - 1)
     # Packed heads share their mask of keys.
-    gap, begin, full_begin, full_end, end = key_tiles(first, last, b, first_head, seq, x, BLOCK_M, BLOCK_N, F)
+    gap, begin, full_begin, full_end, end = key_tiles(first, last, b, first_head, seq, x, sizes, BLOCK_M, BLOCK_N, F)
     if SPLIT:
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), sizes.splits) * BLOCK_N
         share_end = begin + (split + 1) * share
@@ -218,36 +227,40 @@ def forward_kernel(
     weight = 1.0 / tl.where(total == 0.0, 1.0, total)
     if F.DROPOUT:
         weight *= scales.dropout
-    if SPLIT:
-        out = Matrix(out.data + split * split_strides[0], out.stride)
-        lse = Matrix(lse.data + split * split_strides[1], lse.stride)
+    own = statistics_row(b, h, seq, sizes, F) + i
     row = tl.cast(seq.q_start, tl.int64) + i
     pointers = out.data + tl.cast(b, tl.int64) * out.stride[0] + tl.cast(h, tl.int64) * out.stride[1]
+    if SPLIT:
+        lines = sizes.heads_q if F.CU_Q else sizes.batch * sizes.heads_q
+        behind = split * (tl.cast(lines, tl.int64) * sizes.rows_q)
+        pointers += behind * F.V.DIM
+        own += behind
     store_rows(out, pointers + row * out.stride[2], times(acc, weight[:, None], F.V), exists, F.V)
-    pointers = lse.data + tl.cast(b, tl.int64) * lse.stride[0] + tl.cast(h, tl.int64) * lse.stride[1]
-    tl.store(pointers + row * lse.stride[2], _log_sum(total, maximum, F), mask=exists)
+    tl.store(lse + own, _log_sum(total, maximum, F), mask=exists)
 
 
-@triton.jit(do_not_specialize=["part_lse", "lse", "sinks", "rows", "splits"])
+@triton.jit(do_not_specialize=["part_lse", "lse", "sinks", "count", "heads_q", "rows_q", "splits"])
 def combine_kernel(
     parts,  # (splits, rows, head_dim_v) of float32, contiguous; a row is a batch entry, head and query
     part_lse,  # (splits, rows) of float32, contiguous
     out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v)
     lse,  # (rows), contiguous
     sinks,  # (heads_q), or None
-    rows,  # (batch * heads_q * seqlen_q, heads_q, seqlen_q)
+    count,  # of rows: batch * heads_q * rows_q
+    heads_q,
+    rows_q,
     splits,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out and lse of rows whose keys were split: means of the parts, weighted by the exponentials of their lse."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = row < rows[0]
-    i = row % rows[2]
-    h = row // rows[2] % rows[1]
-    b = row // rows[2] // rows[1]
+    exists = row < count
+    i = row % rows_q
+    h = row // rows_q % heads_q
+    b = row // rows_q // heads_q
     row = row.to(tl.int64)
-    count = tl.cast(rows[0], tl.int64)
+    count = tl.cast(count, tl.int64)
     maximum = tl.full((BLOCK,), -INF, tl.float32)
     if F.SINKS:
         maximum = tl.load(sinks + h, mask=exists, other=0.0).to(tl.float32)
@@ -264,6 +277,8 @@ def combine_kernel(
         part = load_rows(parts + (s * count + row) * F.V.DIM, 1, exists, F.V, True)
         acc = plus(acc, times(part, weight[:, None], F.V), F.V)
     acc = times(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], F.V)
-    pointers = out.data + b.to(tl.int64) * out.stride[0] + h.to(tl.int64) * out.stride[1] + i.to(tl.int64) * out.stride[2]
+    pointers = (
+        out.data + b.to(tl.int64) * out.stride[0] + h.to(tl.int64) * out.stride[1] + i.to(tl.int64) * out.stride[2]
+    )
     store_rows(out, pointers, acc, exists, F.V)
     tl.store(lse + row, tl.where(total == 0.0, -INF, pivot + tl.log2(total) * LN2), mask=exists)

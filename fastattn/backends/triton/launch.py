@@ -102,6 +102,15 @@ def _matrix(x: Tensor | None) -> Matrix | None:
     return Matrix(x, tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _step(x: Tensor | None) -> int:
+    """From one batch entry to the next of a contiguous (batch or 1, n)."""
+    return 0 if x is None or x.shape[0] == 1 else x.shape[1]
+
+
 def _describable(x: Tensor) -> bool:
     """Whether a tensor's rows can be read through tensor descriptors."""
     aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
@@ -225,11 +234,16 @@ def _arguments(spec: AttentionSpec, t: Tensors) -> dict[str, Any]:
     if spec.relative_offset and not spec.ragged:
         offset += spec.seqlen_k - spec.seqlen_q
     threshold = min(int(spec.dropout_p * 2**32), 2**32 - 1)
+    slopes = t.alibi_slopes
+    if slopes is not None and slopes.dim() == 1:
+        slopes = slopes[None]
     sizes = Sizes(
+        batch=spec.batch,
         heads_q=spec.heads_q,
         group=spec.group_size,
         seqlen_q=spec.seqlen_q,
         seqlen_k=spec.seqlen_k,
+        rows_q=t.q.shape[2],
         lo=lo,
         hi=hi,
         offset=max(-(2**30), min(offset, 2**30)),
@@ -237,6 +251,10 @@ def _arguments(spec: AttentionSpec, t: Tensors) -> dict[str, Any]:
         splits=1,
         # The bits of a uint32 in an int32, for its type not to depend on its value.
         threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
+        slopes_step=_step(slopes),
+        q_segments_step=_step(t.q_segments),
+        k_segments_step=_step(t.k_segments),
+        pages_step=_step(t.block_table),
     )
     unit = LOG2E if spec.bias is None else 1.0
     scales = Scales(
@@ -245,23 +263,20 @@ def _arguments(spec: AttentionSpec, t: Tensors) -> dict[str, Any]:
         softmax=spec.softmax_scale,
         dropout=0.0 if spec.dropout_p >= 1.0 else 1.0 / (1.0 - spec.dropout_p),
     )
-    slopes = t.alibi_slopes
-    if slopes is not None and slopes.dim() == 1:
-        slopes = slopes[None]
     x = Extras(
         mask=None,
         bias=None,
-        slopes=_matrix(slopes),
-        sinks=t.sinks,
+        slopes=_contiguous(slopes),
+        sinks=_contiguous(t.sinks),
         seed=t.dropout_seed,
-        segments_q=_matrix(t.q_segments),
-        segments_k=_matrix(t.k_segments),
-        prefix=t.prefix_lens,
-        cu_q=t.cu_seqlens_q,
-        cu_k=t.cu_seqlens_k,
-        used_k=t.seqused_k,
-        leftpad_k=t.leftpad_k,
-        pages=_matrix(t.block_table),
+        q_segments=_contiguous(t.q_segments),
+        k_segments=_contiguous(t.k_segments),
+        prefix=_contiguous(t.prefix_lens),
+        cu_q=_contiguous(t.cu_seqlens_q),
+        cu_k=_contiguous(t.cu_seqlens_k),
+        used_k=_contiguous(t.seqused_k),
+        leftpad_k=_contiguous(t.leftpad_k),
+        pages=_contiguous(t.block_table),
     )
     return {
         "q": _matrix(t.q),
@@ -270,8 +285,8 @@ def _arguments(spec: AttentionSpec, t: Tensors) -> dict[str, Any]:
         "mask": _matrix(None if t.mask is None else t.mask.view(torch.uint8)),
         "bias": _matrix(t.bias),
         "x": x,
-        "sizes": sizes,
         "scales": scales,
+        **sizes._asdict(),
     }
 
 
@@ -286,9 +301,8 @@ def plan_forward(spec: AttentionSpec, arch: str, t: Tensors) -> tuple[Tensor, Te
     arguments = _arguments(spec, t)
     arguments |= {
         "out": _matrix(part[0]),
-        "lse": _matrix(part_lse[0]),
-        "split_strides": (part.stride(0), part_lse.stride(0)),
-        "sizes": arguments["sizes"]._replace(splits=how.splits),
+        "lse": part_lse,
+        "splits": how.splits,
         "scales": arguments["scales"]._replace(scores=abs(arguments["scales"].scores)),
         "SPLIT": how.splits > 1,
     }
@@ -300,8 +314,10 @@ def plan_forward(spec: AttentionSpec, arch: str, t: Tensors) -> tuple[Tensor, Te
             "part_lse": part_lse,
             "out": _matrix(out),
             "lse": lse,
-            "sinks": t.sinks,
-            "rows": (lse.numel(), lse.shape[1], lse.shape[2]),
+            "sinks": _contiguous(t.sinks),
+            "count": lse.numel(),
+            "heads_q": lse.shape[1],
+            "rows_q": lse.shape[2],
             "splits": how.splits,
             "F": Features(spec.head_dim_v, spec.head_dim_v, SINKS=spec.sinks),
             "BLOCK": COMBINE_ROWS,
@@ -318,13 +334,14 @@ def plan_backward(
     f = features(spec, arch == "gfx942")
     dq, dk, dv = empty_like_layout(t.q), empty_like_layout(t.k), empty_like_layout(t.v)
     delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-    shared = {**_arguments(spec, t), "grad_out": _matrix(grad_out), "lse": _matrix(lse), "delta": _matrix(delta)}
+    shared = {**_arguments(spec, t), "grad_out": _matrix(grad_out), "lse": lse.contiguous(), "delta": delta}
     of_delta = {
         "out": _matrix(out),
         "grad_out": _matrix(grad_out),
-        "grad_lse": _matrix(grad_lse),
+        "grad_lse": _contiguous(grad_lse),
         "delta": delta,
-        "sizes": (lse.shape[1], lse.shape[2]),
+        "heads_q": lse.shape[1],
+        "rows_q": lse.shape[2],
         "F": Features(spec.head_dim_v, spec.head_dim_v),
         "BLOCK_M": DELTA_ROWS,
     }
@@ -349,7 +366,10 @@ def _dbias_launch(spec: AttentionSpec, arch: str, f: Features, shared: dict[str,
     arguments = {
         **shared,
         "dbias": _matrix(dbias),
-        "extent": (spec.batch, spec.heads_q, *shape),
+        "bias_b": shape[0],
+        "bias_h": shape[1],
+        "bias_m": shape[2],
+        "bias_n": shape[3],
         "SUM_M": shape[2] == 1,
         "SUM_N": shape[3] == 1,
         "F": f,

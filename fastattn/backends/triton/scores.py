@@ -39,12 +39,11 @@ def queries(b, h, i, seq, x, sizes, F: tl.constexpr):
     slope, segment, mask, bias = None, None, None, None
     existing = tl.minimum(i, seq.q_len - 1)
     if F.ALIBI:
-        slope = tl.load(x.slopes.data + tl.cast(b, tl.int64) * x.slopes.stride[0] + h * x.slopes.stride[1])
+        slope = tl.load(x.slopes + tl.cast(b, tl.int64) * sizes.slopes_step + h)
         if F.BIAS == "none":
             slope *= LOG2E
     if F.SEGMENTS:
-        row = x.segments_q.data + tl.cast(b, tl.int64) * x.segments_q.stride[0]
-        segment = tl.load(row + existing.to(tl.int64) * x.segments_q.stride[1])
+        segment = tl.load(x.q_segments + tl.cast(b, tl.int64) * sizes.q_segments_step + existing)
     if F.MASK != "none":
         mask = _score_rows(x.mask, b, h, existing, F.MASK)
     if F.BIAS != "none":
@@ -79,7 +78,7 @@ def tanh(x):
 
 
 @triton.jit
-def scores(qk, rows, j, b, seq, x, scales, F: tl.constexpr, EDGE: tl.constexpr):
+def scores(qk, rows, j, b, seq, x, sizes, scales, F: tl.constexpr, EDGE: tl.constexpr):
     """Scores (anything where invisible), visibility, and d score / d (scale q k^T), in the orientation of ``qk``.
 
     ``rows`` are the tile's :class:`Queries`, ``j`` its keys, running along the other dimension. Without EDGE all keys
@@ -107,9 +106,8 @@ def scores(qk, rows, j, b, seq, x, scales, F: tl.constexpr, EDGE: tl.constexpr):
         if F.LEFTPAD:
             visible &= j >= seq.k_first
         if F.SEGMENTS:
-            row = x.segments_k.data + tl.cast(b, tl.int64) * x.segments_k.stride[0]
-            pointers = row + j.to(tl.int64) * x.segments_k.stride[1]
-            visible &= tl.load(pointers, mask=j < seq.k_len, other=0) == rows.segment
+            segments = x.k_segments + tl.cast(b, tl.int64) * sizes.k_segments_step
+            visible &= tl.load(segments + j, mask=j < seq.k_len, other=0) == rows.segment
     if F.MASK == "full" or (F.MASK == "key" and EDGE):
         visible &= _load_scores(rows.mask, j, x.mask.stride[3], seq.k_len, EDGE) != 0
     if F.BIAS != "none":

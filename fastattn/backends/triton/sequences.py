@@ -17,18 +17,30 @@ FAR = tl.constexpr(2**31 - 1)
 
 
 class Sizes(NamedTuple):
-    """The integers of a call. None of them is compiled in."""
+    """The integers of a call. None of them is compiled in.
 
+    Kernels take them one by one, as ``do_not_specialize``, which Triton does not heed for the elements of a tuple.
+    """
+
+    batch: int
     heads_q: int
     group: int  #: query heads of a key head
     seqlen_q: int  #: the longest sequence, where several are packed
     seqlen_k: int
+    rows_q: int  #: of lse: seqlen_q, or of all packed sequences together
     lo: int  #: of the window, relative to where the diagonal of a sequence begins
     hi: int
     offset: int  #: of the diagonal itself, for ALiBi
     page_size: int
     splits: int
     threshold: int  #: int32 bits of the uint32 below which a random word drops its entry
+    slopes_step: int  #: from one batch entry to the next, like the three that follow
+    q_segments_step: int
+    k_segments_step: int
+    pages_step: int
+
+
+SIZES = list(Sizes._fields)
 
 
 class Scales(NamedTuple):
@@ -47,17 +59,17 @@ class Extras(NamedTuple):
 
     mask: Any  #: Matrix of uint8, nonzero = visible
     bias: Any  #: Matrix
-    slopes: Any  #: ALiBi: Matrix (batch, heads_q) of float32
+    slopes: Any  #: ALiBi: (batch or 1, heads_q) of float32, contiguous like all that follow
     sinks: Any  #: (heads_q) of float32
     seed: Any  #: one int64
-    segments_q: Any  #: Matrix (batch, seqlen_q) of int32
-    segments_k: Any
-    prefix: Any  #: (batch) of int32, like the four that follow
-    cu_q: Any  #: (batch + 1)
+    q_segments: Any  #: (batch or 1, seqlen_q) of int32
+    k_segments: Any
+    prefix: Any  #: (batch) of int32
+    cu_q: Any  #: (batch + 1) of int32
     cu_k: Any
-    used_k: Any
+    used_k: Any  #: (batch) of int32
     leftpad_k: Any
-    pages: Any  #: Matrix (batch, pages) of int32
+    pages: Any  #: (batch, pages) of int32
 
 
 class Sequence(NamedTuple):
@@ -88,9 +100,18 @@ class Tiles(NamedTuple):
 @triton.jit
 def extras(x, mask, bias):
     return Extras(
-        mask, bias, x.slopes, x.sinks, x.seed, x.segments_q, x.segments_k, x.prefix,
+        mask, bias, x.slopes, x.sinks, x.seed, x.q_segments, x.k_segments, x.prefix,
         x.cu_q, x.cu_k, x.used_k, x.leftpad_k, x.pages,
     )  # fmt: skip
+
+
+@triton.jit
+def statistics_row(b, h, seq, sizes, F: tl.constexpr):
+    """Where a head's first query lies in lse and delta, (batch, heads_q, rows_q), or (heads_q, rows_q) when packed."""
+    if F.CU_Q:
+        return tl.cast(h, tl.int64) * sizes.rows_q + seq.q_start
+    else:
+        return (tl.cast(b, tl.int64) * sizes.heads_q + h) * sizes.rows_q
 
 
 @triton.jit
@@ -142,11 +163,10 @@ def _window(first, last, count, lo, hi, BLOCK: tl.constexpr, HAS_LO: tl.constexp
 
 
 @triton.jit
-def _segment_bounds(segments, b, first, last, BLOCK: tl.constexpr):
+def _segment_bounds(segments, first, last, BLOCK: tl.constexpr):
     """The least and the largest segment of the rows [first, last], of which BLOCK hold all."""
     row = first + tl.arange(0, BLOCK)
-    pointers = segments.data + tl.cast(b, tl.int64) * segments.stride[0] + row.to(tl.int64) * segments.stride[1]
-    own = tl.load(pointers, mask=row <= last, other=0)
+    own = tl.load(segments + row, mask=row <= last, other=0)
     least = tl.min(tl.where(row <= last, own, FAR), 0)
     return least, tl.max(tl.where(row <= last, own, -FAR), 0)
 
@@ -158,8 +178,9 @@ def _narrow(
 ):  # fmt: skip
     """Drops the tiles before the first and after the last element of a segment in [least, largest], of a true mask.
 
-    A tile is full only if all elements between the first and the last are such, and least = largest. ``segments`` and
-    ``mask`` are (pointer to element 0, stride). Sorted segments and masks of padding lose all that they hide.
+    A tile is full only if all elements between the first and the last are such, and least = largest. ``segments``
+    points at element 0, ``mask`` is (pointer to element 0, stride). Sorted segments and masks of padding lose all that
+    they hide.
     """
     lane = tl.arange(0, SCAN)
     firsts = tl.full((SCAN,), FAR, tl.int32)
@@ -169,7 +190,7 @@ def _narrow(
         position = start + lane
         hit = position < end
         if SEGMENTS:
-            segment = tl.load(segments[0] + position.to(tl.int64) * segments[1], mask=position < end, other=0)
+            segment = tl.load(segments + position, mask=position < end, other=0)
             hit &= (segment >= least) & (segment <= largest)
         if MASKED:
             hit &= tl.load(mask[0] + position.to(tl.int64) * mask[1], mask=position < end, other=0) != 0
@@ -197,7 +218,7 @@ def _ordered(gap, begin, full_begin, full_end, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(first, last, b, h, seq, x, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr):
+def key_tiles(first, last, b, h, seq, x, sizes, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr):
     """The tiles of keys that the queries [first, last] (at most BLOCK_M) of head ``h`` see."""
     begin, full_begin, full_end, end = _window(first, last, seq.k_len, seq.lo, seq.hi, BLOCK, F.HAS_LO, F.HAS_HI)
     gap = begin * 0
@@ -210,12 +231,11 @@ def key_tiles(first, last, b, h, seq, x, BLOCK_M: tl.constexpr, BLOCK: tl.conste
         begin = tl.maximum(begin, seq.k_first // BLOCK * BLOCK)
         full_begin = tl.maximum(full_begin, _round_up(seq.k_first, BLOCK))
     if F.SEGMENTS or F.MASK == "key":
-        least, largest = 0, 0
-        segments, mask = (None, 0), (None, 0)
+        least, largest, segments, mask = 0, 0, None, (None, 0)
         if F.SEGMENTS:
-            least, largest = _segment_bounds(x.segments_q, b, first, last, BLOCK_M)
-            own = x.segments_k.data + tl.cast(b, tl.int64) * x.segments_k.stride[0]
-            segments = (own, x.segments_k.stride[1])
+            own = x.q_segments + tl.cast(b, tl.int64) * sizes.q_segments_step
+            least, largest = _segment_bounds(own, first, last, BLOCK_M)
+            segments = x.k_segments + tl.cast(b, tl.int64) * sizes.k_segments_step
         if F.MASK == "key":
             own = x.mask.data + tl.cast(b, tl.int64) * x.mask.stride[0] + tl.cast(h, tl.int64) * x.mask.stride[1]
             mask = (own, x.mask.stride[3])
@@ -261,11 +281,11 @@ def query_tiles(first, last, b, hk, seq, x, sizes, BLOCK_N: tl.constexpr, BLOCK:
         full_end = tl.where(every != 0, full_end, full_begin)
         end = tl.where(some != 0, end, begin)
     if F.SEGMENTS:
-        least, largest = _segment_bounds(x.segments_k, b, first, last, BLOCK_N)
-        other = x.segments_q.data + tl.cast(b, tl.int64) * x.segments_q.stride[0]
-        segments = (other, x.segments_q.stride[1])
+        own = x.k_segments + tl.cast(b, tl.int64) * sizes.k_segments_step
+        least, largest = _segment_bounds(own, first, last, BLOCK_N)
+        segments = x.q_segments + tl.cast(b, tl.int64) * sizes.q_segments_step
         begin, full_begin, full_end, end = _narrow(
-            begin, full_begin, full_end, end, least, largest, segments, segments, BLOCK, True, False
+            begin, full_begin, full_end, end, least, largest, segments, (None, 0), BLOCK, True, False
         )
     end = tl.where(first <= last, end, begin)
     return _ordered(begin * 0, begin, full_begin, full_end, end, BLOCK)
