@@ -1,7 +1,11 @@
 """Triton kernels for NVIDIA (sm_80 and later) and AMD GPUs, and for its interpreter on the CPU.
 
 Importing this package imports no Triton. A call goes ``TritonBackend.forward`` -> ``launch.plan_forward`` ->
-``forward.forward_kernel``; ``configs`` holds the tile sizes, ``common`` what the kernels share.
+``forward.forward_kernel``. ``configs`` holds what kernels are compiled for and their tile sizes, ``sequences`` where
+sequences lie and which tiles see each other, ``scores`` the shaping of scores, ``tiles`` loads, stores and products.
+
+Every program owns what it writes: nothing is atomic and every result is bitwise reproducible. A feature that a call does
+not use is not in its kernel, and no size but the head dims is: kernels are compiled once per set of features.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, Tensors, not_yet
-from fastattn.backends.triton.configs import INTERPRET, KERNELS, SMALLEST_BLOCK, config
+from fastattn.backends.base import Gradients, Tensors
+from fastattn.backends.triton.configs import INTERPRET, SMALLEST_BLOCK, config
 from fastattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ class TritonBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = not_yet(spec)
+        reasons = []
         device = torch.device(spec.device)
         if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not INTERPRET):
             reasons.append(f"device {spec.device}: Triton kernels need a GPU, or TRITON_INTERPRET=1 before the import")
@@ -61,9 +65,9 @@ class TritonBackend:
         if spec.dtype not in _DTYPES:
             name = str(spec.dtype).removeprefix("torch.")
             reasons.append(f"dtype {name}: Triton kernels take float16, bfloat16 and float32")
-        for name, dim in (("head_dim_qk", spec.head_dim_qk), ("head_dim_v", spec.head_dim_v)):
-            if dim > 256:
-                reasons.append(f"{name} {dim}: at most 256, a tile has to fit in registers")
+        for name, dim, most in (("head_dim_qk", spec.head_dim_qk, 576), ("head_dim_v", spec.head_dim_v, 512)):
+            if dim > most:
+                reasons.append(f"{name} {dim}: at most {most}, a tile has to fit in registers")
         longest = max(spec.seqlen_q, spec.seqlen_k)
         if spec.seqlen_q + spec.seqlen_k >= 2**30:
             reasons.append(f"seqlen_q {spec.seqlen_q} + seqlen_k {spec.seqlen_k}: positions are 32-bit, at most 2^30")
@@ -78,15 +82,15 @@ class TritonBackend:
         return reasons
 
     def configuration(self, spec: AttentionSpec) -> str:
-        from fastattn.backends.triton.launch import features
+        from fastattn.backends.triton.launch import bits, features, strategy
 
         arch = architecture(spec.device)
         f = features(spec, arch == "gfx942")
-        bits = 32 if spec.dtype is torch.float32 else 16
-        backward = [*KERNELS[1:3], *(KERNELS[3:] if spec.needs_bias_grad else ())]
-        kernels = [KERNELS[0], *(backward if spec.needs_grad or spec.needs_bias_grad else ())]
-        tiles = "; ".join(f"{kernel} {config(arch, bits, f, kernel)}" for kernel in kernels)
-        return f"Triton, {arch}, {f.describe()}: {tiles}"
+        tiles = [f"forward {strategy(spec, arch)}"]
+        if spec.needs_grad or spec.needs_bias_grad:
+            kernels = ["dkdv", "dq", *(["dbias"] if spec.needs_bias_grad else [])]
+            tiles += [f"{kernel} {config(arch, bits(spec), f, kernel)}" for kernel in kernels]
+        return f"Triton, {arch}, {f.describe()}: {'; '.join(tiles)}"
 
     def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton.launch import plan_forward

@@ -1,175 +1,284 @@
-"""The forward kernel: one program per tile of queries, an online softmax over the tiles of keys it sees."""
+"""The forward kernels: an online softmax over the tiles of keys that a tile of queries sees, whole or in splits.
+
+Where some key is invisible to some query, 0 * NaN or 0 * inf may enter a sum that must not see it. The kernels look at
+their sums once, at the end, and mark the tiles that are not finite in ``broken``; a second launch, with CAREFUL, does the
+marked tiles again by :func:`careful_product`. Apart from the launch that costs nothing.
+"""
 
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.common import (
+from fastattn.backends.triton.scores import LN2, LOG2E, exponential, kept, queries, scores
+from fastattn.backends.triton.sequences import (
+    SIZES,
+    Sizes,
+    extras,
+    key_tile,
+    key_tiles,
+    sequence,
+    statistics_row,
+)
+from fastattn.backends.triton.tiles import (
     INF,
-    LN2,
+    Pages,
+    add_product,
+    at,
     careful_product,
-    exponential,
+    describe,
     has_nonfinite,
-    kept,
-    load_tile,
+    load_keys,
+    load_rows,
     matmul,
-    product,
-    scores,
-    store_tile,
-    window_tiles,
+    negated,
+    plus,
+    store_rows,
+    times,
+    zeros,
 )
 
 
 @triton.jit
 def _attend(
-    state,
-    first,
-    last,
-    q,
-    k,
-    v,
-    k_stride,
-    v_stride,
-    mask,
-    mask_stride,
-    bias,
-    bias_stride,
-    dropout,
-    bh,
-    start_m,
-    sizes,
-    scale,
-    F: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EDGE: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):
-    """Takes the keys [first, last) into ``state``: acc (BLOCK_M, BLOCK_DV), sum (BLOCK_M), maximum (BLOCK_M)."""
+    state, first, last, gap, q, k, v, k_described, v_described, pages, rows, b, seq, x, sizes, scales,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Takes the keys [0, gap) and [first, last) into ``state``: acc (BLOCK_M, D), sum (BLOCK_M), maximum (BLOCK_M)."""
     acc, total, maximum = state
-    i = (start_m + tl.arange(0, BLOCK_M))[:, None]
-    for start_n in tl.range(first, last, BLOCK_N):
-        k_tile = load_tile(k, start_n, sizes[3], k_stride, BLOCK_N, F.HEAD_DIM_QK, F.BLOCK_DQK, EDGE)
-        qk = matmul(q, tl.trans(k_tile), F)
+    # Counting from 0: Triton 3.9 does not pipeline a loop whose first index depends on another loop.
+    for t in tl.range(0, tl.cdiv(last - first + gap, BLOCK_N), warp_specialize=SPECIALIZE):
+        start_n = key_tile(t, first, gap, BLOCK_N, F)
+        k_tile = load_keys(k, k_described, pages, start_n, seq.k_first, seq.k_len, BLOCK_N, F.QK, F, EDGE, DESCRIPTORS)
+        qk = matmul(q, k_tile, F.QK, F)
         j = (start_n + tl.arange(0, BLOCK_N))[None, :]
-        s, visible = scores(qk, i, j, sizes, scale, mask, mask_stride, bias, bias_stride, F, EDGE)
-        if EDGE or F.MASK != "none" or F.BIAS != "none":
-            s = tl.where(visible, s, -INF)
+        if EDGE or F.SHAPED:
+            s, visible, _ = scores(qk, rows, j, b, seq, x, sizes, scales, F, EDGE)
+            if EDGE or F.HIDDEN:
+                s = tl.where(visible, s, -INF)
             new_maximum = tl.maximum(maximum, tl.max(s, 1))
             # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
             pivot = tl.where(new_maximum == -INF, 0.0, new_maximum)
             p = exponential(s - pivot[:, None], F)
         else:
             # scale >= 0 (the sign is in q), so the maximum scales; scale and pivot go into one multiply-add.
-            new_maximum = tl.maximum(maximum, tl.max(qk, 1) * scale)
+            visible = None
+            new_maximum = tl.maximum(maximum, tl.max(qk, 1) * scales.scores)
             pivot = new_maximum
-            p = tl.exp2(qk * scale - pivot[:, None])
+            p = tl.exp2(qk * scales.scores - pivot[:, None])
         shrink = exponential(maximum - pivot, F)
         total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
+        acc = times(acc, shrink[:, None], F.V)
         if F.DROPOUT:
-            p = tl.where(kept(dropout[0], dropout[1], bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
+            p = tl.where(kept(rows.i, rows.head, start_n, x.seed, sizes.threshold, BLOCK_N), p, 0.0)
         if CAREFUL:
-            acc = careful_product(p, visible, v, start_n, sizes[3], v_stride, acc, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV)
+            acc = careful_product(acc, p, visible, v, pages, start_n, seq.k_len, BLOCK_N, F.V, F.PAGED)
         else:
-            v_tile = load_tile(v, start_n, sizes[3], v_stride, BLOCK_N, F.HEAD_DIM_V, F.BLOCK_DV, EDGE)
-            acc = product(p, v_tile, acc, F)
+            v_tile = load_keys(
+                v, v_described, pages, start_n, seq.k_first, seq.k_len, BLOCK_N, F.V, F, EDGE, DESCRIPTORS
+            )
+            acc = add_product(acc, p, v_tile, F.V, F)
         maximum = new_maximum
     return acc, total, maximum
 
 
-@triton.jit(do_not_specialize=["sizes", "threshold"])
+@triton.jit
+def _add_sink(state, sink, F: tl.constexpr):
+    """A key of score ``sink`` (in units of the scores) and value zero."""
+    acc, total, maximum = state
+    new_maximum = tl.maximum(maximum, sink)
+    shrink = exponential(maximum - new_maximum, F)
+    total = total * shrink + exponential(sink - new_maximum, F)
+    return times(acc, shrink[:, None], F.V), total, new_maximum
+
+
+@triton.jit
+def _log_sum(total, maximum, F: tl.constexpr):
+    """The natural logarithm of a sum of exponentials."""
+    if F.BIAS != "none":
+        value = maximum + tl.log2(total) * LN2
+    else:
+        value = (maximum + tl.log2(total)) * LN2
+    return tl.where(total == 0.0, -INF, value)
+
+
+@triton.jit(do_not_specialize=["lse", *SIZES])
 def forward_kernel(
-    q,  # (batch, heads_q, seqlen_q, head_dim_qk)
-    k,  # (batch, heads_k, seqlen_k, head_dim_qk)
-    v,  # (batch, heads_k, seqlen_k, head_dim_v)
-    mask,  # (batch, heads_q, seqlen_q, seqlen_k) uint8, nonzero = visible, or None
-    bias,  # (batch, heads_q, seqlen_q, seqlen_k), or None
-    out,  # (batch, heads_q, seqlen_q, head_dim_v)
-    lse,  # (batch, heads_q, seqlen_q) float32, contiguous
-    seed,  # one int64, or None
-    broken,  # (batch, heads_q, tiles of FLAG_BLOCK queries) uint8: the tile holds NaN or inf; None if not RESTRICTED
-    q_stride,
-    k_stride,
-    v_stride,
-    mask_stride,
-    bias_stride,
-    out_stride,
-    sizes,
-    scale,  # of scores: softmax_scale, times log2(e) without a bias
-    threshold,  # int32 bits of the uint32 below which a random word drops its entry
-    dropout_scale,  # 1 / (1 - dropout_p)
+    q,  # Matrix (batch, heads_q, seqlen_q, head_dim_qk)
+    k,  # Matrix (batch, heads_k, seqlen_k, head_dim_qk), or (pages, heads_k, page_size, head_dim_qk)
+    v,  # like k, head_dim_v
+    mask,  # Matrix (batch, heads_q, seqlen_q, seqlen_k) of uint8, nonzero = visible, or None
+    bias,  # Matrix (batch, heads_q, seqlen_q, seqlen_k), or None
+    x,  # Extras
+    out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v); with SPLIT of float32
+    lse,  # (batch, heads_q, seqlen_q) of float32, contiguous; with SPLIT (splits, ...), and so is out
+    broken,  # (splits, rows of programs, tiles of FLAG_BLOCK) uint8: the tile holds NaN or inf; None if not RESTRICTED
+    batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+    slopes_step, q_segments_step, k_segments_step, pages_step,
+    scales,
     F: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLAG_BLOCK: tl.constexpr,
     CAREFUL: tl.constexpr,
-):
-    """Without CAREFUL every tile, marking the broken ones; with it, the broken ones again."""
-    tiles = tl.cdiv(sizes[2], BLOCK_M)
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of queries of one head, or (PACK) of all heads that share a key head; and per split of keys.
+
+    Without CAREFUL every tile, marking the broken ones; with it, the broken ones again.
+    """
+    sizes = Sizes(
+        batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
+        slopes_step, q_segments_step, k_segments_step, pages_step,
+    )  # fmt: skip
+    x = extras(x, mask, bias)
+    pack = sizes.group if F.PACK else 1
+    tiles = tl.cdiv(sizes.seqlen_q * pack, BLOCK_M)
     tile = tl.program_id(0) % tiles
-    bh = tl.program_id(0) // tiles
     if F.HAS_HI:
         tile = tiles - 1 - tile  # later queries see more keys: longest first
     start_m = tile * BLOCK_M
+    line = tl.program_id(0) // tiles  # split, batch entry and head
     if F.RESTRICTED:
-        broken += bh.to(tl.int64) * tl.cdiv(sizes[2], FLAG_BLOCK) + start_m // FLAG_BLOCK
+        broken += line.to(tl.int64) * tl.cdiv(sizes.seqlen_q * pack, FLAG_BLOCK) + start_m // FLAG_BLOCK
         if CAREFUL:
             if tl.load(broken) == 0:
                 return
-    b = (bh // sizes[0]).to(tl.int64)
-    h = (bh % sizes[0]).to(tl.int64)
-    hk = h // sizes[1]
-    k += b * k_stride[0] + hk * k_stride[1]
-    v += b * v_stride[0] + hk * v_stride[1]
-    if F.MASK != "none":
-        mask += b * mask_stride[0] + h * mask_stride[1]
-    if F.BIAS != "none":
-        bias += b * bias_stride[0] + h * bias_stride[1]
-
-    q += b * q_stride[0] + h * q_stride[1]
-    q_tile = load_tile(q, start_m, sizes[2], q_stride, BLOCK_M, F.HEAD_DIM_QK, F.BLOCK_DQK, True)
+    split = 0
+    if SPLIT:
+        split = line % sizes.splits
+        line = line // sizes.splits
+    heads = sizes.heads_q // pack
+    b = line // heads
+    first_head = line % heads * pack
+    h = first_head
+    hk = h // sizes.group
+    seq = sequence(b, x, sizes, F)
+    if F.CU_Q:
+        if start_m >= seq.q_len * pack:
+            return
+    r = start_m + tl.arange(0, BLOCK_M)
+    exists = r < seq.q_len * pack
+    i = r
+    if F.PACK:
+        i = r // pack
+        h += r % pack
+    pointers = q.data + tl.cast(b, tl.int64) * q.stride[0] + tl.cast(h, tl.int64) * q.stride[1]
+    pointers += (tl.cast(seq.q_start, tl.int64) + i) * q.stride[2]
+    q_tile = load_rows(pointers, q.stride[3], exists, F.QK, True)
     if F.NEGATE:
-        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
-    dropout = (seed, threshold)
-    begin, full_begin, full_end, end = window_tiles(
-        start_m, BLOCK_M, sizes[2], sizes[3], sizes[4], sizes[5], BLOCK_N, F.HAS_LO, F.HAS_HI, F.WHOLE
-    )
-    state = (
-        tl.zeros((BLOCK_M, F.BLOCK_DV), tl.float32),
-        tl.zeros((BLOCK_M,), tl.float32),
-        tl.full((BLOCK_M,), -INF, tl.float32),
-    )
+        q_tile = negated(q_tile, F.QK)
+    column = h
+    if F.PACK:
+        column = h[:, None]
+    rows = queries(b, column, i[:, None], seq, x, sizes, F)
+    pages = Pages(None, 0)
+    if F.PAGED:
+        pages = Pages(x.pages + tl.cast(b, tl.int64) * sizes.pages_step, sizes.page_size)
+        k = at(k, 0, hk, 0)
+        v = at(v, 0, hk, 0)
+    else:
+        k = at(k, b, hk, seq.k_start)
+        v = at(v, b, hk, seq.k_start)
+    k_described, v_described = None, None
+    if DESCRIPTORS:
+        k_described = describe(k, seq.k_len, BLOCK_N, F.QK)
+        v_described = describe(v, seq.k_len, BLOCK_N, F.V)
+
+    first = start_m // pack
+    last = tl.minimum((start_m + BLOCK_M - 1) // pack, seq.q_len - 1)
+    # Packed heads share their mask of keys.
+    gap, begin, full_begin, full_end, end = key_tiles(first, last, b, first_head, seq, x, sizes, BLOCK_M, BLOCK_N, F)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), sizes.splits) * BLOCK_N
+        share_end = begin + (split + 1) * share
+        begin += split * share
+        full_begin = tl.maximum(full_begin, begin)
+        full_end = tl.maximum(tl.minimum(full_end, share_end), full_begin)
+        end = tl.minimum(end, share_end)
+    state = (zeros(BLOCK_M, F.V), tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), -INF, tl.float32))
     if CAREFUL:
         state = _attend(
-            state, begin, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
-            bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, True,
+            state, begin, end, gap, q_tile, k, v, k_described, v_described, pages, rows, b, seq, x, sizes, scales,
+            F, BLOCK_N, True, True, False, False,
         )  # fmt: skip
     else:
-        if F.HAS_LO:
+        if F.EDGE_FIRST:
             state = _attend(
-                state, begin, tl.minimum(full_begin, end), q_tile, k, v, k_stride, v_stride, mask, mask_stride,
-                bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, False,
+                state, begin, tl.minimum(full_begin, end), gap, q_tile, k, v, k_described, v_described, pages, rows, b,
+                seq, x, sizes, scales, F, BLOCK_N, True, False, DESCRIPTORS, SPECIALIZE,
             )  # fmt: skip
         state = _attend(
-            state, full_begin, full_end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
-            bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, False, False,
+            state, full_begin, full_end, 0, q_tile, k, v, k_described, v_described, pages, rows, b,
+            seq, x, sizes, scales, F, BLOCK_N, False, False, DESCRIPTORS, SPECIALIZE,
         )  # fmt: skip
         state = _attend(
-            state, full_end, end, q_tile, k, v, k_stride, v_stride, mask, mask_stride,
-            bias, bias_stride, dropout, bh, start_m, sizes, scale, F, BLOCK_M, BLOCK_N, True, False,
+            state, full_end, end, 0, q_tile, k, v, k_described, v_described, pages, rows, b,
+            seq, x, sizes, scales, F, BLOCK_N, True, False, DESCRIPTORS, SPECIALIZE,
         )  # fmt: skip
-    acc, total, maximum = state
     if F.RESTRICTED and not CAREFUL:
-        tl.store(broken, has_nonfinite(acc, start_m, sizes[2], BLOCK_M).to(tl.uint8))
+        tl.store(broken, has_nonfinite(state[0], exists, F.V).to(tl.uint8))
+    if F.SINKS and not SPLIT:
+        sink = tl.load(x.sinks + h).to(tl.float32)
+        state = _add_sink(state, sink if F.BIAS != "none" else sink * LOG2E, F)
+    acc, total, maximum = state
 
     weight = 1.0 / tl.where(total == 0.0, 1.0, total)
     if F.DROPOUT:
-        weight *= dropout_scale
-    out += b * out_stride[0] + h * out_stride[1]
-    store_tile(out, acc * weight[:, None], start_m, sizes[2], out_stride, BLOCK_M, F.HEAD_DIM_V, F.BLOCK_DV)
-    if F.BIAS != "none":
-        log_sum = maximum + tl.log2(total) * LN2
-    else:
-        log_sum = (maximum + tl.log2(total)) * LN2
-    i = start_m + tl.arange(0, BLOCK_M)
-    tl.store(lse + bh.to(tl.int64) * sizes[2] + i, tl.where(total == 0.0, -INF, log_sum), mask=i < sizes[2])
+        weight *= scales.dropout
+    own = statistics_row(b, h, seq, sizes, F) + i
+    row = tl.cast(seq.q_start, tl.int64) + i
+    pointers = out.data + tl.cast(b, tl.int64) * out.stride[0] + tl.cast(h, tl.int64) * out.stride[1]
+    if SPLIT:
+        lines = sizes.heads_q if F.CU_Q else sizes.batch * sizes.heads_q
+        behind = split * (tl.cast(lines, tl.int64) * sizes.rows_q)
+        pointers += behind * F.V.DIM
+        own += behind
+    store_rows(out, pointers + row * out.stride[2], times(acc, weight[:, None], F.V), exists, F.V)
+    tl.store(lse + own, _log_sum(total, maximum, F), mask=exists)
+
+
+@triton.jit(do_not_specialize=["part_lse", "lse", "sinks", "count", "heads_q", "rows_q", "splits"])
+def combine_kernel(
+    parts,  # (splits, rows, head_dim_v) of float32, contiguous; a row is a batch entry, head and query
+    part_lse,  # (splits, rows) of float32, contiguous
+    out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v)
+    lse,  # (rows), contiguous
+    sinks,  # (heads_q), or None
+    count,  # of rows: batch * heads_q * rows_q
+    heads_q,
+    rows_q,
+    splits,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out and lse of rows whose keys were split: means of the parts, weighted by the exponentials of their lse."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = row < count
+    i = row % rows_q
+    h = row // rows_q % heads_q
+    b = row // rows_q // heads_q
+    row = row.to(tl.int64)
+    count = tl.cast(count, tl.int64)
+    maximum = tl.full((BLOCK,), -INF, tl.float32)
+    if F.SINKS:
+        maximum = tl.load(sinks + h, mask=exists, other=0.0).to(tl.float32)
+    for s in tl.range(0, splits):
+        maximum = tl.maximum(maximum, tl.load(part_lse + s * count + row, mask=exists, other=-INF))
+    pivot = tl.where(maximum == -INF, 0.0, maximum)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if F.SINKS:
+        total = tl.exp2((maximum * 0.0 + tl.load(sinks + h, mask=exists, other=0.0) - pivot) * LOG2E)
+    acc = zeros(BLOCK, F.V)
+    for s in tl.range(0, splits):
+        weight = tl.exp2((tl.load(part_lse + s * count + row, mask=exists, other=-INF) - pivot) * LOG2E)
+        total += weight
+        part = load_rows(parts + (s * count + row) * F.V.DIM, 1, exists, F.V, True)
+        acc = plus(acc, times(part, weight[:, None], F.V), F.V)
+    acc = times(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], F.V)
+    pointers = (
+        out.data + b.to(tl.int64) * out.stride[0] + h.to(tl.int64) * out.stride[1] + i.to(tl.int64) * out.stride[2]
+    )
+    store_rows(out, pointers, acc, exists, F.V)
+    tl.store(lse + row, tl.where(total == 0.0, -INF, pivot + tl.log2(total) * LN2), mask=exists)
