@@ -68,6 +68,16 @@ class KVCache:
         self.length = end
         return self.key, self.value
 
+    def reorder(self, rows: Tensor) -> None:
+        """Make entry ``i`` of the batch what ``rows[i]`` was; ``rows``, integers, may repeat, drop and add entries."""
+        if self._key is None or self._value is None:
+            raise RuntimeError("the cache is empty")
+        for name in ("_key", "_value"):
+            held = getattr(self, name)
+            new = held.new_empty(len(rows), *held.shape[1:])
+            new[:, :, : self.length] = held[rows, :, : self.length]
+            setattr(self, name, new)
+
 
 class DecodingState:
     """All that decoding keeps between steps: a cache per layer, and which of the cached positions are padding.
@@ -95,6 +105,19 @@ class DecodingState:
             self.padding = torch.cat(filled, dim=1)
         self.length += new
         return self.padding
+
+    def reorder(self, rows: Tensor, same_memory: bool = False) -> None:
+        """Make entry ``i`` of the batch what ``rows[i]`` was, in every cache and in the padding.
+
+        Args:
+            rows: integers ``(new batch,)``.
+            same_memory: each entry keeps its memory: those caches stay as they are.
+        """
+        for cache in self.caches if same_memory else [*self.caches, *self.memory_caches]:
+            if cache.length:
+                cache.reorder(rows)
+        if self.padding is not None:
+            self.padding = self.padding[rows]
 
 
 def attend_to_cache(mha: MultiHeadAttention, x: Tensor, cache: KVCache, key_padding_mask: Tensor | None) -> Tensor:

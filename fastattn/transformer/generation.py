@@ -1,23 +1,20 @@
-"""Greedy generation: one token at a time, each the most likely one, with the keys and values of the past cached."""
+"""Generation one token at a time: the most likely one, or one drawn at random. Beams are in ``beam.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastattn.transformer.cache import DecodingState
-from fastattn.transformer.heads import CausalLM, Seq2SeqTransformer, TokenEmbedding
-
-Decode = Callable[[Tensor, Tensor | None, DecodingState | None], Tensor]
+from fastattn.transformer.continuation import Continuation, Model, Request, dropout_off
 
 
 @torch.no_grad()
 def generate_greedy(
-    model: CausalLM | Seq2SeqTransformer,
+    model: Model,
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -54,107 +51,95 @@ def generate_greedy(
             longer than ``config.max_length``.
         IndexError: a token id outside the vocabulary.
     """
-    embedding, num_layers = _decoding_side(model, src)
-    padding = _check_prompt(embedding, prompt, padding, max_new_tokens, "prompt")
-    if eos_id is not None and not 0 <= eos_id < embedding.vocab_size:
-        raise IndexError(f"eos_id must be in [0, {embedding.vocab_size}), got {eos_id}")
-    with _dropout_off(model):
-        decode: Decode
-        if isinstance(model, Seq2SeqTransformer):
-            assert src is not None
-            if len(src) != len(prompt):
-                raise ValueError(f"prompt and src must have the same batch, got {len(prompt)} and {len(src)}")
-            src_padding = _check_prompt(model.src_embedding, src, src_padding, 0, "src")
-            memory = model.encode(src, src_padding)
-            decode = partial(model.decode, memory=memory, memory_padding=src_padding)
-        else:
-            decode = model.decode
-        state = DecodingState(num_layers, prompt.shape[1] + max_new_tokens) if use_cache else None
-        return _continue(decode, model.head, prompt, padding, state, max_new_tokens, eos_id, model.config.padding_id)
+    request = Request(model, prompt, max_new_tokens, src, eos_id, padding, src_padding, use_cache)
+    return _continue(request, lambda logits: logits.argmax(-1))
 
 
-def _continue(
-    decode: Decode, head: nn.Module, prompt: Tensor, padding: Tensor | None, state: DecodingState | None,
-    max_new_tokens: int, eos_id: int | None, padding_id: int | None,
-) -> Tensor:  # fmt: skip
-    """The loop of :func:`generate_greedy`, on arguments that have been checked."""
-    rows = torch.arange(len(prompt), device=prompt.device)
-    last = _last_token(prompt, padding)
-    filler = eos_id if padding_id is None else padding_id
-    finished = torch.zeros_like(rows, dtype=torch.bool)
-    tokens, new = prompt, prompt[:, :0]
-    for _ in range(max_new_tokens if len(prompt) else 0):
-        hidden = decode(tokens, padding, state)
-        token = head(hidden[rows, last]).argmax(-1).to(prompt.dtype)
-        if eos_id is not None and filler is not None:
-            token = torch.where(finished, filler, token)
-            finished = finished | (token == eos_id)
-        new = torch.cat((new, token[:, None]), dim=1)
-        if eos_id is not None and bool(finished.all()):
-            break
-        if state is not None:  # the state holds all that came before
-            tokens, padding = token[:, None], None
-        else:
-            tokens = torch.cat((tokens, token[:, None]), dim=1)
-            if padding is not None:
-                padding = torch.cat((padding, torch.zeros_like(padding[:, :1])), dim=1)
-        last = torch.full_like(rows, tokens.shape[1] - 1)
-    return new
+@torch.no_grad()
+def generate_sample(
+    model: Model,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    src: Tensor | None = None,
+    eos_id: int | None = None,
+    padding: Tensor | None = None,
+    src_padding: Tensor | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Continue each prompt by tokens drawn from the model's distribution, narrowed by :func:`filter_logits`.
+
+    Args:
+        temperature: logits are divided by it, above 0; towards 0 the draw becomes greedy. Default 1.
+        top_k: only the ``top_k`` most likely tokens are drawn. Default None: all.
+        top_p: only the fewest most likely tokens whose probabilities add up to ``top_p`` are drawn, in (0, 1]
+            (nucleus sampling, arXiv 1904.09751). Default None: all. It applies to what ``top_k`` left.
+        generator: of the random draws, on the device of ``prompt``.
+
+    The other arguments, the result and the errors are those of :func:`generate_greedy`.
+    """
+    check_filter(temperature, top_k, top_p)
+    request = Request(model, prompt, max_new_tokens, src, eos_id, padding, src_padding, use_cache)
+    narrow = partial(filter_logits, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def draw(logits: Tensor) -> Tensor:
+        return torch.multinomial(narrow(logits).softmax(-1), 1, generator=generator)[:, 0]
+
+    return _continue(request, draw)
 
 
-def _last_token(prompt: Tensor, padding: Tensor | None) -> Tensor:
-    """``(batch,)``: the index of each prompt's last token that is not padding."""
-    index = torch.arange(prompt.shape[1], device=prompt.device)
-    if padding is None:
-        return index[-1:].expand(len(prompt))
-    return torch.where(padding, -1, index).amax(dim=1)
+def check_filter(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ``ValueError`` on a temperature, ``top_k`` or ``top_p`` out of its range."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be finite and above 0, got {temperature}; generate_greedy needs none")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
 
-def _decoding_side(model: nn.Module, src: Tensor | None) -> tuple[TokenEmbedding, int]:
-    """The embedding of the tokens to generate and the number of layers that decode them."""
-    if isinstance(model, Seq2SeqTransformer):
-        if src is None:
-            raise TypeError("a Seq2SeqTransformer generates from a source: pass src")
-        return model.tgt_embedding, model.config.num_decoder_layers
-    if isinstance(model, CausalLM):
-        if src is not None:
-            raise TypeError("a CausalLM has no source: src must be None")
-        return model.embedding, model.config.num_decoder_layers
-    raise TypeError(f"model must be a CausalLM or a Seq2SeqTransformer, got {type(model).__name__}")
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Logits ``(..., vocab_size)`` in float32 at least, divided by ``temperature``; -inf for tokens not to be drawn.
+
+    Of equally likely tokens at the edge, exactly as many are kept as ``top_k`` or ``top_p`` calls for.
+    """
+    check_filter(temperature, top_k, top_p)
+    logits = (logits if logits.dtype is torch.float64 else logits.float()) / temperature
+    if top_k is None and top_p is None:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    dropped = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_k is not None:
+        dropped[..., top_k:] = True
+    if top_p is not None:
+        probability = ordered.masked_fill(dropped, -math.inf).softmax(-1)
+        before = probability.cumsum(-1) - probability  # of all that is more likely
+        beyond = before >= top_p
+        beyond[..., 0] = False
+        dropped |= beyond
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
-def _check_prompt(
-    embedding: TokenEmbedding, tokens: Tensor, padding: Tensor | None, new_tokens: int, name: str
-) -> Tensor | None:
-    """Validate tokens to start from; their padding mask, or None if there is no padding."""
-    if new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {new_tokens}")
-    embedding.check(tokens)
-    embedding.check_range(tokens)
-    length, limit = tokens.shape[1] + new_tokens, embedding.max_length
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"{name} of {tokens.shape[1]} tokens and {new_tokens} new ones make {length}, more than max_length={limit}"
-        )
-    if padding is None:
-        padding = embedding.padding_mask(tokens)
-    elif padding.dtype is not torch.bool or padding.shape != tokens.shape:
-        raise ValueError(
-            f"the padding of {name} must be bool of shape {tuple(tokens.shape)}, "
-            f"got {padding.dtype} of shape {tuple(padding.shape)}"
-        )
-    if tokens.shape[1] == 0 or (padding is not None and bool(padding.all(dim=1).any())):
-        raise ValueError(f"every {name} must hold at least one token that is not padding")
-    return padding if padding is not None and bool(padding.any()) else None
-
-
-@contextmanager
-def _dropout_off(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; every submodule gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _continue(request: Request, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """The new tokens, each what ``choose`` makes of the logits ``(batch, vocab_size)``."""
+    prompt, eos_id = request.prompt, request.eos_id
+    with dropout_off(request.model):
+        continuation = Continuation(request)
+        finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+        new = prompt[:, :0]
+        for _ in range(request.max_new_tokens if len(prompt) else 0):
+            token = choose(continuation.logits()).to(prompt.dtype)
+            if eos_id is not None:
+                token = torch.where(finished, request.filler, token)
+                finished = finished | (token == eos_id)
+            new = torch.cat((new, token[:, None]), dim=1)
+            if eos_id is not None and bool(finished.all()):
+                break
+            continuation.append(token)
+        return new

@@ -1,141 +1,19 @@
-"""Models that read and write tokens: embeddings, positions, the stacks, and a head over the vocabulary."""
+"""Models that read and write tokens: embeddings, positions, the stacks, and a head for each objective."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.transformer.cache import DecodingState
+from fastattn.transformer.config import TransformerConfig
+from fastattn.transformer.embedding import TokenEmbedding, VocabularyHead
 from fastattn.transformer.encoder import TransformerEncoder
-from fastattn.transformer.layers import TransformerEncoderLayer, get_activation
+from fastattn.transformer.layers import TransformerEncoderLayer
 from fastattn.transformer.model import Transformer, reset_matrices
-from fastattn.transformer.positional import SinusoidalPositionalEncoding
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The sizes of a token model. The same configuration serves every kind: each uses the layers it has.
-
-    Attributes:
-        vocab_size: number of tokens; of source tokens when ``tgt_vocab_size`` is given.
-        tgt_vocab_size: of target tokens. Default None: source and target share one vocabulary and one embedding.
-        padding_id: the token that is padding wherever no padding mask is given. Default None: no token is.
-        max_length: longest sequence accepted. Default None: any, positions are computed.
-        tie_head: the output head is the (target) token embedding, transposed. Default True.
-        num_encoder_layers: layers of an :class:`EncoderModel` and of a :class:`Seq2SeqTransformer`'s encoder.
-        num_decoder_layers: layers of a :class:`CausalLM` and of a :class:`Seq2SeqTransformer`'s decoder.
-        d_model, nhead, num_kv_heads, dim_feedforward, dropout, activation, layer_norm_eps, norm_first, bias:
-            as in :class:`Transformer`.
-    """
-
-    vocab_size: int
-    tgt_vocab_size: int | None = None
-    padding_id: int | None = None
-    max_length: int | None = None
-    tie_head: bool = True
-    d_model: int = 512
-    nhead: int = 8
-    num_kv_heads: int | None = None
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    dim_feedforward: int = 2048
-    dropout: float = 0.1
-    activation: str | Callable[[Tensor], Tensor] = "relu"
-    layer_norm_eps: float = 1e-5
-    norm_first: bool = False
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        sizes = (self.vocab_size, *(n for n in (self.tgt_vocab_size, self.max_length) if n is not None))
-        if min(sizes) < 1:
-            raise ValueError(f"vocab_size, tgt_vocab_size and max_length must be at least 1, got {sizes}")
-        smallest = min(self.vocab_size, self.tgt_vocab_size or self.vocab_size)
-        if self.padding_id is not None and not 0 <= self.padding_id < smallest:
-            raise ValueError(f"padding_id must be in [0, {smallest}), got {self.padding_id}")
-        get_activation(self.activation)
-
-    def layer_arguments(self) -> dict[str, Any]:
-        """The arguments of a layer of this configuration; token models are batch-first."""
-        names = ("d_model", "nhead", "num_kv_heads", "dim_feedforward", "dropout", "activation", "layer_norm_eps")
-        return {n: getattr(self, n) for n in (*names, "norm_first", "bias")} | {"batch_first": True}
-
-
-class TokenEmbedding(nn.Module):
-    """Token ids ``(batch, seq)`` to ``(batch, seq, d_model)``: learned embedding · sqrt(d_model) + positions, dropout.
-
-    Weights start from N(0, 1/d_model), so that the scaled embedding has unit variance and, as a tied head, logits do.
-    Scaling and the dropout of the sum are those of arXiv 1706.03762, 3.4 and 5.4.
-    """
-
-    def __init__(self, config: TransformerConfig, vocab_size: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.vocab_size, self.padding_id, self.max_length = vocab_size, config.padding_id, config.max_length
-        self.scale = math.sqrt(config.d_model)
-        self.weight = nn.Parameter(torch.empty(vocab_size, config.d_model, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=1 / self.scale)
-        self.positions = SinusoidalPositionalEncoding(config.d_model, config.dropout)
-
-    def padding_mask(self, tokens: Tensor) -> Tensor | None:
-        """``(batch, seq)``, True where a token is ``padding_id``; None if the configuration names none."""
-        return None if self.padding_id is None else tokens == self.padding_id
-
-    def forward(self, tokens: Tensor, padding: Tensor | None = None, start: int = 0) -> Tensor:
-        """Embed ``tokens``, which stand at ``start`` and after.
-
-        Args:
-            tokens: integers ``(batch, seq)``.
-            padding: ``(batch, start + seq)``, True = padding. Positions count what is not padding, so that a sequence
-                gets the same ones wherever its padding stands.
-            start: number of positions before ``tokens``.
-        """
-        self.check(tokens, start)
-        seq = tokens.shape[1]
-        if padding is None:
-            positions = torch.arange(start, start + seq, device=tokens.device)
-        else:
-            positions = ((~padding).cumsum(1) - 1).clamp(min=0)[:, start:]
-        return self.positions(F.embedding(tokens, self.weight) * self.scale, positions)
-
-    def check(self, tokens: Tensor, start: int = 0) -> None:
-        """Raise on tokens that are no integers ``(batch, seq)``, too long, or (on the CPU) outside the vocabulary."""
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"tokens must be int64 or int32 of shape (batch, seq), got {tokens.dtype} of {tuple(tokens.shape)}"
-            )
-        if self.max_length is not None and start + tokens.shape[1] > self.max_length:
-            raise ValueError(
-                f"a sequence of {start + tokens.shape[1]} tokens is longer than max_length={self.max_length}"
-            )
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.check_range(tokens)
-
-    def check_range(self, tokens: Tensor) -> None:
-        """Raise on token ids outside the vocabulary (reads the tokens: a synchronisation on a GPU)."""
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
-            raise IndexError(
-                f"token ids must be in [0, {self.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}"
-            )
-
-
-class VocabularyHead(nn.Module):
-    """``(..., d_model)`` to logits ``(..., vocab_size)``. Tied, its weight is the embedding's."""
-
-    def __init__(self, config: TransformerConfig, embedding: TokenEmbedding) -> None:
-        super().__init__()
-        weight = embedding.weight
-        if not config.tie_head:
-            weight = nn.Parameter(torch.empty_like(weight))
-            nn.init.xavier_uniform_(weight)
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+from fastattn.transformer.pretrained import PretrainedModel
 
 
 def _stack(config: TransformerConfig, num_layers: int, device: Any, dtype: Any) -> TransformerEncoder:
@@ -149,41 +27,116 @@ def _stack(config: TransformerConfig, num_layers: int, device: Any, dtype: Any) 
     return stack
 
 
-class EncoderModel(nn.Module):
+class EncoderModel(PretrainedModel):
     """Encoder-only: every token sees every token (BERT; masked language modelling)."""
 
     def __init__(self, config: TransformerConfig, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embedding = TokenEmbedding(config, config.vocab_size, device, dtype)
         self.encoder = _stack(config, config.num_encoder_layers, device, dtype)
         self.head = VocabularyHead(config, self.embedding)
 
-    def encode(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Hidden states ``(batch, seq, d_model)``; ``padding`` is taken as it is given (None: there is none)."""
-        return self.encoder(self.embedding(tokens, padding), src_key_padding_mask=padding)
+        return self.encoder(self.embedding(tokens, padding, segments=segments), src_key_padding_mask=padding)
 
-    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Logits ``(batch, seq, vocab_size)``.
 
         Args:
             tokens: integers ``(batch, seq)``.
             padding: bool ``(batch, seq)``, True = padding. Default: where the token is ``config.padding_id``.
+            segments: integers ``(batch, seq)`` in [0, ``config.num_segments``). Default: all 0.
 
         Raises:
             ValueError: the shape or type of ``tokens``, or more than ``config.max_length`` of them.
             IndexError: a token id outside the vocabulary.
         """
         padding = self.embedding.padding_mask(tokens) if padding is None else padding
-        return self.head(self.encode(tokens, padding))
+        return self.head(self.encode(tokens, padding, segments))
 
 
-class CausalLM(nn.Module):
+class Pooler(nn.Module):
+    """One vector per sequence, ``tanh(W h + b)`` of one position's state ``h`` (arXiv 1810.04805): ``(batch, d_model)``.
+
+    The position is the first token that is not padding or, ``last=True``, the last: in a causal model only that one
+    has seen the whole sequence.
+    """
+
+    def __init__(self, d_model: int, last: bool = False, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.dense = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self.last = last
+
+    def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
+        if padding is None:
+            return torch.tanh(self.dense(hidden[:, -1 if self.last else 0]))
+        index = torch.arange(hidden.shape[1], device=hidden.device)
+        index = torch.where(padding, -1, index).amax(1) if self.last else (~padding).int().argmax(1)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return torch.tanh(self.dense(hidden[rows, index.clamp(min=0)]))
+
+
+class PretrainingModel(EncoderModel):
+    """An :class:`EncoderModel` with a second head: masked language modelling and next-sentence prediction (BERT)."""
+
+    def __init__(self, config: TransformerConfig, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(config, device, dtype)
+        self.pooler = Pooler(config.d_model, device=device, dtype=dtype)
+        self.next_sentence = nn.Linear(config.d_model, 2, device=device, dtype=dtype)
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits ``(batch, seq, vocab_size)`` of the tokens and ``(batch, 2)`` of "is not" and "is" the next sentence.
+
+        Arguments and errors as in :class:`EncoderModel`.
+        """
+        padding = self.embedding.padding_mask(tokens) if padding is None else padding
+        hidden = self.encode(tokens, padding, segments)
+        return self.head(hidden), self.next_sentence(self.pooler(hidden, padding))
+
+
+class SequenceClassifier(PretrainedModel):
+    """A label for a whole sequence: a stack, a :class:`Pooler`, dropout and a linear layer.
+
+    Its parameters carry the names that they have in :class:`PretrainingModel` (``causal=False``) or in
+    :class:`CausalLM` (``causal=True``), so that :meth:`load_pretrained` takes the stack over from those.
+
+    Args:
+        config: sizes; ``num_encoder_layers`` of them, or ``num_decoder_layers`` when ``causal``.
+        num_labels: labels, at least 1.
+        causal: every token sees itself and those before it, and the last one is pooled. Default False.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, num_labels: int, causal: bool = False, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(config, num_labels=num_labels, causal=causal)
+        if num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+        self.embedding = TokenEmbedding(config, config.vocab_size, device, dtype)
+        num_layers = config.num_decoder_layers if causal else config.num_encoder_layers
+        self.stack_name = "decoder" if causal else "encoder"
+        self.add_module(self.stack_name, _stack(config, num_layers, device, dtype))
+        self.pooler = Pooler(config.d_model, causal, device, dtype)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.d_model, num_labels, device=device, dtype=dtype)
+
+    def forward(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Logits ``(batch, num_labels)``; arguments and errors as in :class:`EncoderModel`."""
+        padding = self.embedding.padding_mask(tokens) if padding is None else padding
+        x = self.embedding(tokens, padding, segments=segments)
+        stack = self.get_submodule(self.stack_name)
+        hidden = stack(x, src_key_padding_mask=padding, is_causal=self.stack_name == "decoder")
+        return self.classifier(self.dropout(self.pooler(hidden, padding)))
+
+
+class CausalLM(PretrainedModel):
     """Decoder-only: every token sees itself and those before it, and predicts the next (GPT)."""
 
     def __init__(self, config: TransformerConfig, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embedding = TokenEmbedding(config, config.vocab_size, device, dtype)
         self.decoder = _stack(config, config.num_decoder_layers, device, dtype)
         self.head = VocabularyHead(config, self.embedding)
@@ -206,12 +159,11 @@ class CausalLM(nn.Module):
         return self.head(self.decode(tokens, padding))
 
 
-class Seq2SeqTransformer(nn.Module):
+class Seq2SeqTransformer(PretrainedModel):
     """Encoder-decoder on tokens: predicts the next target token from the source and the target so far."""
 
     def __init__(self, config: TransformerConfig, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.src_embedding = TokenEmbedding(config, config.vocab_size, device, dtype)
         self.tgt_embedding = self.src_embedding
         if config.tgt_vocab_size is not None:

@@ -1,0 +1,1 @@
+"""End-to-end programs on fastattn: ``python -m examples.translation`` and ``python -m examples.pretraining``."""

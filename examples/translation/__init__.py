@@ -1,0 +1,1 @@
+"""Translation by an encoder-decoder transformer: prepare, train, evaluate, translate."""
