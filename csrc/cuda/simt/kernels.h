@@ -1,7 +1,7 @@
 // What the translation units of the SIMT kernels define, once per element type and bucket of head dimensions.
 #pragma once
 
-#include "cuda/ptx/simt.h"
+#include "cuda/ptx/convert.h"
 #include "params.h"
 
 namespace fastattn::cuda::simt {
