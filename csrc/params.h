@@ -89,7 +89,8 @@ struct AttentionParams {
     Tensor4 dbias;          // bias_dtype, shape bias_shape; null data: not wanted
     int64_t bias_shape[4];  // of bias before broadcasting: dbias is summed over the dimensions of size 1
 
-    void* workspace;      // scratch memory on the device, workspace_bytes(params) of it
+    bool deterministic;   // CUDA backward: every sum in one order, no atomics
+    void* workspace;      // scratch memory on the device, as much as the entry point says
     int64_t device;       // CUDA device index; unused on the CPU
     int64_t num_threads;  // CPU only
 };

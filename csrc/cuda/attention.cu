@@ -6,63 +6,180 @@
 
 #include "cuda/launch.h"
 #include "cuda/simt/kernels.h"
+#include "cuda/sm80/kernels.h"
+#include "cuda/sm80/tiles.h"
 
 namespace fastattn::cuda {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kFewQueries = 16;  // up to so many, a call is split along the keys to fill the device
+constexpr int64_t kMaxSplits = 64;
 
-// Calls f(T{}, kHeadDim as a constant) for the element type and the smallest bucket that holds head_dim.
-template <typename T, typename F>
-void with_head_dim(int64_t head_dim, const F& f) {
-    check(head_dim <= kMaxHeadDim, "head_dim ", head_dim, ": the CUDA kernels take at most ", kMaxHeadDim);
-    if (head_dim <= 64) return f(T{}, std::integral_constant<int, 64>{});
-    if (head_dim <= 128) return f(T{}, std::integral_constant<int, 128>{});
-    return f(T{}, std::integral_constant<int, 256>{});
-}
+int64_t head_dim(const AttentionParams& p) { return std::max(p.head_dim_qk, p.head_dim_v); }
+int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
-template <typename F>
-void dispatch(DType dtype, int64_t head_dim, const F& f) {
-    switch (dtype) {
-        case DType::kFloat16:
-            return with_head_dim<Half>(head_dim, f);
-        case DType::kBFloat16:
-            return with_head_dim<BFloat16>(head_dim, f);
-        case DType::kFloat32:
-            return with_head_dim<float>(head_dim, f);
-        default:
-            check(false, "dtype code ", static_cast<int>(dtype), ": the CUDA kernels take float16, bfloat16, float32");
+// Calls f with the smallest of the buckets that holds x, as a constant.
+template <int kFirst, int... kRest, typename F>
+void with_bucket(int64_t x, const F& f) {
+    if (x <= kFirst) return f(std::integral_constant<int, kFirst>{});
+    if constexpr (sizeof...(kRest) > 0) {
+        with_bucket<kRest...>(x, f);
+    } else {
+        check(false, "head_dim ", x, ": the CUDA kernels take at most ", kMaxHeadDim);
     }
 }
 
+// Calls f with an element of a 16-bit dtype.
+template <typename F>
+void with_element(DType dtype, const F& f) {
+    dtype == DType::kFloat16 ? f(Half{}) : f(BFloat16{});
+}
+
+bool use_tensor_cores(const AttentionParams& p) { return p.dtype != DType::kFloat32; }
+
 void check_params(const AttentionParams& p) {
+    constexpr int64_t kMaxLength = int64_t{1} << 30;  // queries and keys are numbered with 32 bits
+    check(p.dtype != DType::kFloat64, "float64: the CUDA kernels take float16, bfloat16, float32");
     check(p.heads_k > 0 && p.heads_q % p.heads_k == 0, "heads_q ", p.heads_q, " is no multiple of heads_k ", p.heads_k);
     check(!p.bias.data || p.bias_dtype != DType::kFloat64, "a float64 bias");
-    check(p.seqlen_q < (int64_t{1} << 32) && p.seqlen_k < (int64_t{1} << 34), "seqlen_q ", p.seqlen_q, ", seqlen_k ",
-          p.seqlen_k, ": too long for the dropout counter");
+    check(p.seqlen_q < kMaxLength && p.seqlen_k < kMaxLength, "seqlen_q ", p.seqlen_q, ", seqlen_k ", p.seqlen_k,
+          ": must be less than 2^30");
+}
+
+// Rows that are made of 16-byte chunks; a dimension that is never stepped along may have any stride.
+bool in_chunks(const Tensor4& x, int64_t head_dim) {
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && head_dim % 8 == 0 && x.stride[0] % 8 == 0 &&
+           x.stride[1] % 8 == 0 && x.stride[2] % 8 == 0 && x.stride[3] == 1;
+}
+
+bool few_queries(const AttentionParams& p) { return p.seqlen_q <= kFewQueries; }
+// Whether single entries of the score matrix are to be looked at, beyond the window.
+bool by_entry(const AttentionParams& p) {
+    return p.mask.data || p.bias.data || p.dropout_threshold != 0 || p.softcap != 0 || p.alibi_slopes.data ||
+           p.q_segments.data || p.prefix_lens.data || p.leftpad_k.data;
+}
+bool forward_is_general(const AttentionParams& p) {
+    return few_queries(p) || by_entry(p) || p.sinks.data || !(p.softmax_scale > 0) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
+           !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.out, p.head_dim_v);
+}
+bool backward_is_general(const AttentionParams& p) {
+    return by_entry(p) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
+           !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.grad_out, p.head_dim_v);
+}
+
+// The parts into which the keys are divided: as many as asked for; else, when there are few queries, the fewest that come within 85% of the best
+// use of the device, a part being at least four tiles of keys.
+int64_t num_splits(const AttentionParams& p) {
+    if (!use_tensor_cores(p)) return 1;
+    if (p.num_splits > 0) return std::min(p.num_splits, kMaxSplits);
+    if (!few_queries(p)) return 1;
+    const sm80::ForwardTile tile = sm80::general_forward_tile(static_cast<int>(head_dim(p)));
+    const int64_t blocks = p.batch * p.heads_k * tiles(p.heads_q / p.heads_k * p.seqlen_q, tile.queries);
+    const int64_t slots = 2 * multiprocessors(p.device);  // two blocks a multiprocessor hide each other's waits
+    const int64_t most = std::min(kMaxSplits, tiles(p.seqlen_k, 4 * tile.keys));
+    if (5 * blocks >= 4 * slots) return 1;
+    const auto efficiency = [&](int64_t splits) {
+        return static_cast<double>(blocks * splits) / static_cast<double>(tiles(blocks * splits, slots) * slots);
+    };
+    double best = 0;
+    for (int64_t splits = 1; splits <= most; ++splits) best = std::max(best, efficiency(splits));
+    for (int64_t splits = 1; splits < most; ++splits) {
+        if (efficiency(splits) >= 0.85 * best) return splits;
+    }
+    return most;
+}
+
+void forward_on_tensor_cores(AttentionParams p, void* stream) {
+    p.num_splits = num_splits(p);
+    check(p.num_splits == 1 || p.workspace != nullptr, "the forward needs ", forward_workspace_bytes(p),
+          " bytes of workspace");
+    with_element(p.dtype, [&](auto element) {
+        using T = decltype(element);
+        if (p.num_splits > 1 || forward_is_general(p)) {
+            with_bucket<64, 128, 256>(head_dim(p), [&](auto bucket) { sm80::forward_general<T, bucket>(p, stream); });
+        } else {
+            with_bucket<32, 64, 96, 128, 192, 256>(head_dim(p),
+                                                   [&](auto bucket) { sm80::forward<T, bucket>(p, stream); });
+        }
+    });
+}
+
+template <typename T, int kHeadDim, bool kGeneral>
+void backward_passes(const AttentionParams& p, void* stream) {
+    sm80::prepare<T>(p, stream);
+    sm80::dkdv<T, kHeadDim, kGeneral>(p, stream);
+    if (p.deterministic) {
+        sm80::dq<T, kHeadDim, kGeneral>(p, stream);
+    } else {
+        sm80::convert_dq<T>(p, stream);
+    }
+}
+
+void backward_on_tensor_cores(const AttentionParams& p, void* stream) {
+    with_element(p.dtype, [&](auto element) {
+        using T = decltype(element);
+        if (backward_is_general(p)) {
+            with_bucket<64, 128, 256>(head_dim(p), [&](auto bucket) { backward_passes<T, bucket, true>(p, stream); });
+        } else {
+            with_bucket<32, 64, 96, 128, 192, 256>(
+                head_dim(p), [&](auto bucket) { backward_passes<T, bucket, false>(p, stream); });
+        }
+    });
 }
 
 }  // namespace
 
+std::string configuration(const AttentionParams& p, bool backward) {
+    std::ostringstream text;
+    const int dim = static_cast<int>(head_dim(p));
+    if (!use_tensor_cores(p)) {
+        text << "general SIMT kernel (no tensor cores), tiles of 64 queries x 64 keys";
+    } else if (backward) {
+        const sm80::KeyTile tile = by_entry(p) ? sm80::general_key_tile(dim) : sm80::key_tile(dim);
+        text << "tensor cores (sm_80), " << (by_entry(p) ? "general backward" : "backward") << ", tiles of "
+             << tile.queries << " queries x " << tile.keys << " keys, " << tile.warps << " warps";
+    } else {
+        const bool general = few_queries(p) || by_entry(p);
+        const sm80::ForwardTile tile = general ? sm80::general_forward_tile(dim) : sm80::forward_tile(dim);
+        text << "tensor cores (sm_80), " << (general ? "general forward" : "forward") << ", tiles of " << tile.queries
+             << " queries x " << tile.keys << " keys, " << tile.warps << " warps";
+        if (few_queries(p)) text << ", up to " << kMaxSplits << " splits of the keys";
+    }
+    return text.str();
+}
+
+size_t forward_workspace_bytes(const AttentionParams& p) {
+    const int64_t splits = num_splits(p);
+    if (splits == 1) return 0;
+    return sizeof(float) * static_cast<size_t>(splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 1));
+}
+
 size_t backward_workspace_bytes(const AttentionParams& p) {
-    return sizeof(float) * static_cast<size_t>(p.batch * p.heads_q * p.seqlen_q);
+    int64_t floats = 1;  // of each query: delta,
+    if (use_tensor_cores(p)) floats += 1 + (p.deterministic ? 0 : p.head_dim_qk);  // lse, the sums of dQ
+    return sizeof(float) * static_cast<size_t>(p.batch * p.heads_q * p.seqlen_q * floats);
 }
 
 void attention_forward(const AttentionParams& p, void* stream) {
     check_params(p);
     const DeviceGuard guard(p.device);
-    dispatch(p.dtype, p.head_dim_v, [&](auto element, auto head_dim) {
-        simt::forward<decltype(element), decltype(head_dim)::value>(p, stream);
-    });
+    if (use_tensor_cores(p)) return forward_on_tensor_cores(p, stream);
+    with_bucket<64, 128, 256>(p.head_dim_v, [&](auto bucket) { simt::forward<float, bucket>(p, stream); });
 }
 
 void attention_backward(const AttentionParams& p, void* stream) {
     check_params(p);
     check(p.workspace != nullptr, "the backward needs ", backward_workspace_bytes(p), " bytes of workspace");
     const DeviceGuard guard(p.device);
-    dispatch(p.dtype, std::max(p.head_dim_qk, p.head_dim_v), [&](auto element, auto head_dim) {
-        simt::backward<decltype(element), decltype(head_dim)::value>(p, stream);
-    });
+    if (use_tensor_cores(p)) {
+        backward_on_tensor_cores(p, stream);
+    } else {
+        with_bucket<64, 128, 256>(head_dim(p), [&](auto bucket) { simt::backward<float, bucket>(p, stream); });
+    }
+    if (!p.dbias.data) return;
+    if (p.dtype == DType::kFloat32) return simt::dbias<float>(p, stream);
+    with_element(p.dtype, [&](auto element) { simt::dbias<decltype(element)>(p, stream); });
 }
 
 }  // namespace fastattn::cuda

@@ -3,8 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "check.h"
-#include "params.h"
 
 namespace fastattn::cuda {
 
@@ -31,14 +32,37 @@ private:
     bool switched_ = false;
 };
 
-// Launches a kernel that takes AttentionParams by value on a one-dimensional grid. Capturable in a CUDA graph.
-inline void launch(void (*kernel)(AttentionParams), int64_t blocks, int threads, const AttentionParams& params,
-                   void* stream) {
-    if (blocks == 0) return;
-    check(blocks <= 0x7fffffff, "a grid of ", blocks, " blocks: CUDA takes at most 2^31 - 1");
-    void* arguments[] = {const_cast<AttentionParams*>(&params)};
-    check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                                dim3(static_cast<unsigned>(threads)), arguments, 0, static_cast<cudaStream_t>(stream)),
+inline int64_t multiprocessors(int64_t device) {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, static_cast<int>(device)),
+               "cudaDeviceGetAttribute");
+    return count;
+}
+
+struct Grid {
+    int64_t x, y = 1, z = 1;
+};
+
+// Shared memory that a kernel may have without asking for more.
+constexpr int kDefaultSharedBytes = 48 << 10;
+
+// Launches kernel(arguments...) with so many bytes of dynamic shared memory. Capturable in a CUDA graph.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void* stream,
+            const Arguments&... arguments) {
+    static_assert((std::is_same_v<Parameters, Arguments> && ...), "arguments must have the kernel's own types");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    check(grid.x <= 0x7fffffff && grid.y <= 0xffff && grid.z <= 0xffff, "a grid of ", grid.x, " x ", grid.y, " x ",
+          grid.z, " blocks: CUDA takes at most (2^31 - 1) x 65535 x 65535");
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (shared_bytes > kDefaultSharedBytes) {
+        check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                   "cudaFuncSetAttribute");
+    }
+    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+    void* pointers[] = {const_cast<Arguments*>(&arguments)...};
+    check_cuda(cudaLaunchKernel(function, blocks, dim3(static_cast<unsigned>(threads)), pointers,
+                                static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
                "cudaLaunchKernel");
 }
 

@@ -1,7 +1,7 @@
 // Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
-#include "cuda/ptx/simt.h"
+#include "cuda/ptx/arithmetic.h"
 
 namespace fastattn::cuda {
 

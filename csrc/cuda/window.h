@@ -1,7 +1,8 @@
 // The one diagonal: key j is visible to query i iff i + offset - left <= j <= i + offset + right.
 #pragma once
 
-#include "cuda/ptx/simt.h"
+#include "cuda/ptx/execution.h"
+#include "params.h"
 
 namespace fastattn::cuda {
 

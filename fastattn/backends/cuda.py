@@ -8,8 +8,8 @@ import re
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, Tensors, empty_like_layout, not_yet
-from fastattn.backends.native import backward_arguments, forward_arguments
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse, not_yet
+from fastattn.backends.native import backward_arguments, forward_arguments, pack_call
 from fastattn.spec import AttentionSpec
 
 try:
@@ -21,6 +21,11 @@ else:
     _IMPORT_ERROR = None
 
 MAX_HEAD_DIM = 256
+#: Of ``AttentionSpec.features()``, what the 16-bit kernels have; those for float32 have none.
+FEATURES = frozenset(
+    ("softcap", "alibi_slopes", "sinks", "segments", "prefix_lens", "seqused_k", "leftpad_k", "num_splits")
+)
+MAX_SEQLEN = 2**30 - 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -35,8 +40,17 @@ def _lowest_capability() -> tuple[int, int]:
     return divmod(lowest, 10)
 
 
+@functools.lru_cache(maxsize=1024)
+def _forward_workspace_bytes(spec: AttentionSpec, device: int) -> int:
+    return _C.cuda_forward_workspace_bytes(pack_call(spec), device)
+
+
 class CudaBackend:
-    """float16, bfloat16 and float32, all computed in float32; head dimensions up to ``MAX_HEAD_DIM``."""
+    """float16 and bfloat16 on tensor cores, float32 without; summed in float32; head dimensions to ``MAX_HEAD_DIM``.
+
+    dQ of the 16-bit types is summed by atomics, in an order that differs from run to run, unless
+    ``torch.use_deterministic_algorithms`` asks for one order; everything else always has one.
+    """
 
     name = "cuda"
 
@@ -54,7 +68,9 @@ class CudaBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = not_yet(spec)
+        reasons = not_yet(spec, FEATURES if spec.dtype in DTYPES[:2] else ())
+        if spec.needs_bias_grad and spec.features():
+            reasons.append(f"gradient of the bias with {', '.join(spec.features())}: not yet")
         if torch.device(spec.device).type != "cuda":
             reasons.append(f"device {spec.device}: this backend runs on CUDA devices")
         elif self.unavailable_reason() is None and _capability(spec.device) < _lowest_capability():
@@ -67,19 +83,32 @@ class CudaBackend:
         for name in ("head_dim_qk", "head_dim_v"):
             if getattr(spec, name) > MAX_HEAD_DIM:
                 reasons.append(f"{name} {getattr(spec, name)}: at most {MAX_HEAD_DIM}")
+        for name in ("seqlen_q", "seqlen_k"):
+            if getattr(spec, name) > MAX_SEQLEN:
+                reasons.append(f"{name} {getattr(spec, name)}: at most {MAX_SEQLEN}")
         return reasons
 
     def configuration(self, spec: AttentionSpec) -> str:
-        return "general SIMT kernel (no tensor cores), tiles of 64 queries x 64 keys; not yet run on a GPU"
+        if _C is None or not _C.has_cuda:
+            return "not built"
+        call, has_mask, has_bias = pack_call(spec), spec.mask is not None, spec.bias is not None
+        parts = [_C.cuda_configuration(call, has_mask, has_bias, False)]
+        if spec.needs_grad or spec.needs_bias_grad:
+            parts.append(_C.cuda_configuration(call, has_mask, has_bias, True))
+        return "; ".join([*dict.fromkeys(parts), "not yet run on a GPU"])
 
     def _stream(self, x: Tensor) -> int:
         return torch.cuda.current_stream(x.device).cuda_stream
 
+    def _workspace(self, size: int, x: Tensor) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=x.device)
+
     def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
         out = empty_like_layout(t.q, spec.head_dim_v)
-        lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=t.q.device)
-        arguments = forward_arguments(spec, t, out, lse)
-        _C.cuda_forward(*arguments, t.q.get_device(), self._stream(t.q))
+        lse = empty_lse(t.q)
+        device = t.q.get_device()
+        workspace = self._workspace(_forward_workspace_bytes(spec, device), t.q)
+        _C.cuda_forward(*forward_arguments(spec, t, out, lse), workspace.data_ptr(), device, self._stream(t.q))
         return out, lse
 
     def backward(
@@ -89,11 +118,13 @@ class CudaBackend:
         dbias = None
         if spec.needs_bias_grad and t.bias is not None:
             dbias = torch.empty(t.bias.shape, dtype=t.bias.dtype, device=t.q.device)
-        delta = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=t.q.device)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        workspace = self._workspace(_C.cuda_backward_workspace_bytes(pack_call(spec), deterministic), t.q)
         _C.cuda_backward(
             *forward_arguments(spec, t, out, lse),
             *backward_arguments(grad_out, grad_lse, dq, dk, dv, dbias),
-            delta.data_ptr(),
+            workspace.data_ptr(),
+            deterministic,
             t.q.get_device(),
             self._stream(t.q),
         )

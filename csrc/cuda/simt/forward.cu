@@ -6,6 +6,7 @@
 //
 // HAZARD: with a bias of finfo.min, S log2(e) overflows; the maximum is subtracted first.
 #include "cuda/launch.h"
+#include "cuda/ptx/shuffle.h"
 #include "cuda/simt/kernels.h"
 #include "cuda/simt/scores.h"
 
@@ -53,8 +54,8 @@ struct Softmax {
 };
 
 template <typename T, int kHeadDim>
-FASTATTN_KERNEL(forward_kernel, kThreads, p) {
-    FASTATTN_SHARED(Shared, shared);
+FASTATTN_KERNEL(kThreads, 1)
+forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
     // The last tile first: under a causal window it sees the most keys.
     const int64_t tiles = (p.seqlen_q + kBlock - 1) / kBlock;
     const int64_t i0 = (tiles - 1 - block_index() % tiles) * kBlock;
@@ -72,7 +73,7 @@ FASTATTN_KERNEL(forward_kernel, kThreads, p) {
     for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kBlock) {
         const Position at = {b, h, i0 + 4 * ty(), j0 + 4 * tx()};
         Accumulator s;
-        dot_rows<T>(s, shared, q, k.from(j0, 0));
+        dot_rows<T>(s, q, k.from(j0, 0));
         const Bits visible = finish_scores(p, at, s);
         if (!barrier_or(visible.bits != 0)) continue;
 
@@ -90,8 +91,8 @@ FASTATTN_KERNEL(forward_kernel, kThreads, p) {
 #pragma unroll
             for (int e = 0; e < 16; ++e) o[chunk][e / 4][e % 4] *= rescale[e / 4];
         }
-        store_exchange<true>(shared, s);
-        accumulate(o, shared, v.from(j0, 0));
+        store_exchange<true>(s);
+        accumulate(o, v.from(j0, 0));
     }
 
     softmax.finish();
@@ -103,8 +104,9 @@ FASTATTN_KERNEL(forward_kernel, kThreads, p) {
         const bool sees_nothing = softmax.sum[r] == 0.f;
         factor[r] = sees_nothing ? 0.f : dropout_scale / softmax.sum[r];
         if (tx() == 0 && i < p.seqlen_q) {
-            static_cast<float*>(p.lse.data)[b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]] =
-                sees_nothing ? -INFINITY : softmax.max[r] + logf(softmax.sum[r]);
+            store_global(
+                static_cast<float*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2],
+                sees_nothing ? -INFINITY : softmax.max[r] + logf(softmax.sum[r]));
         }
     }
     write(head_matrix<T>(p.out, b, h, p.seqlen_q, p.head_dim_v).from(i0, 0), o, factor);
@@ -115,7 +117,7 @@ FASTATTN_KERNEL(forward_kernel, kThreads, p) {
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& p, void* stream) {
     const int64_t tiles = (p.seqlen_q + kBlock - 1) / kBlock;
-    launch(forward_kernel<T, kHeadDim>, tiles * p.heads_q * p.batch, kThreads, p, stream);
+    launch(forward_kernel<T, kHeadDim>, {tiles * p.heads_q * p.batch}, kThreads, kSharedBytes, stream, p);
 }
 
 template void forward<FASTATTN_DTYPE, FASTATTN_HEAD_DIM>(const AttentionParams&, void*);

@@ -25,22 +25,29 @@ struct Bits {
 FASTATTN_DEVICE float read_bias(const AttentionParams& p, int64_t offset) {
     switch (p.bias_dtype) {
         case DType::kFloat16:
-            return to_float(static_cast<const Half*>(p.bias.data)[offset]);
+            return to_float(load_global(static_cast<const Half*>(p.bias.data) + offset));
         case DType::kBFloat16:
-            return to_float(static_cast<const BFloat16*>(p.bias.data)[offset]);
+            return to_float(load_global(static_cast<const BFloat16*>(p.bias.data) + offset));
         default:
-            return static_cast<const float*>(p.bias.data)[offset];
+            return load_global(static_cast<const float*>(p.bias.data) + offset);
     }
+}
+
+template <typename T>
+FASTATTN_DEVICE void write_element(void* data, int64_t offset, float value) {
+    T element;
+    from_float(value, element);
+    store_global(static_cast<T*>(data) + offset, element);
 }
 
 FASTATTN_DEVICE void write_dbias(const AttentionParams& p, int64_t offset, float value) {
     switch (p.bias_dtype) {
         case DType::kFloat16:
-            return from_float(value, static_cast<Half*>(p.dbias.data)[offset]);
+            return write_element<Half>(p.dbias.data, offset, value);
         case DType::kBFloat16:
-            return from_float(value, static_cast<BFloat16*>(p.dbias.data)[offset]);
+            return write_element<BFloat16>(p.dbias.data, offset, value);
         default:
-            static_cast<float*>(p.dbias.data)[offset] = value;
+            return write_element<float>(p.dbias.data, offset, value);
     }
 }
 
@@ -63,7 +70,8 @@ FASTATTN_DEVICE Bits finish_scores(const AttentionParams& p, const Position& at,
         for (int c = 0; c < 4; ++c) {
             float score = s[r][c] * scale;
             bool ok = first <= c && c < end;
-            if (ok && p.mask.data) ok = static_cast<const bool*>(p.mask.data)[mask_row + c * p.mask.stride[3]];
+            if (ok && p.mask.data)
+                ok = load_global(static_cast<const bool*>(p.mask.data) + mask_row + c * p.mask.stride[3]);
             if (ok && p.bias.data) {
                 const float bias = read_bias(p, bias_row + c * p.bias.stride[3]);
                 ok = bias != -INFINITY;
@@ -83,7 +91,7 @@ FASTATTN_DEVICE Bits dropout_keep(const AttentionParams& p, const Position& at) 
         keep.bits = 0xffffu;
         return keep;
     }
-    const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
+    const uint64_t seed = static_cast<uint64_t>(load_global(p.dropout_seed));
     const uint64_t bh = static_cast<uint64_t>(at.b * p.heads_q + at.h);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
