@@ -1,6 +1,7 @@
 // The CPU kernels of one instruction set: compiled once for each, with -DFASTATTN_CPU_ISA=name and its flags.
 #include "attention.h"
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 #if defined(__AMX_BF16__)
 #include "amx.h"
@@ -14,16 +15,22 @@ using BFloat16Products = AmxProducts;
 using BFloat16Products = VectorProducts<BFloat16, float>;
 #endif
 
+template <typename P>
+void forward(const AttentionParams& p) {
+    using D = Decode<typename P::T, typename P::C>;
+    D::suits(p) ? D(p).run() : Forward<P>(p).run();
+}
+
 void attention_forward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Forward<VectorProducts<Half, float>>(p).run();
+            return forward<VectorProducts<Half, float>>(p);
         case DType::kBFloat16:
-            return Forward<BFloat16Products>(p).run();
+            return forward<BFloat16Products>(p);
         case DType::kFloat32:
-            return Forward<VectorProducts<float, float>>(p).run();
+            return forward<VectorProducts<float, float>>(p);
         case DType::kFloat64:
-            return Forward<VectorProducts<double, double>>(p).run();
+            return forward<VectorProducts<double, double>>(p);
     }
 }
 
