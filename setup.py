@@ -70,15 +70,28 @@ def cpu_sources() -> list[Source]:
 
 
 def cuda_sources() -> list[Source]:
-    return [
-        Source("csrc/cuda/attention.cu"),
-        *(
-            Source(f"csrc/cuda/simt/{direction}.cu", {"FASTATTN_DTYPE": dtype, "FASTATTN_HEAD_DIM": str(head_dim)})
-            for direction in ("forward", "backward")
-            for dtype in ("Half", "BFloat16", "float")
-            for head_dim in (64, 128, 256)
-        ),
-    ]
+    """float32 without tensor cores, 16-bit types with them; what each kernel is for stands in attention.cu."""
+    sources = [Source("csrc/cuda/attention.cu")]
+    for direction in ("forward", "backward"):
+        for dim in ("64", "128", "256"):
+            sources.append(Source(f"csrc/cuda/simt/{direction}.cu", _defines("float", dim)))
+    for dtype in ("Half", "BFloat16"):
+        sources.append(Source("csrc/cuda/sm80/prepare.cu", _defines(dtype)))
+        for dim in ("32", "64", "96", "128", "192", "256"):
+            sources.append(Source("csrc/cuda/sm80/forward.cu", _defines(dtype, dim)))
+            for kernel in ("dkdv", "dq"):
+                sources.append(Source(f"csrc/cuda/sm80/{kernel}.cu", _defines(dtype, dim, "false")))
+        for dim in ("64", "128", "256"):
+            sources.append(Source("csrc/cuda/sm80/forward_general.cu", _defines(dtype, dim)))
+            for kernel in ("dkdv", "dq"):
+                sources.append(Source(f"csrc/cuda/sm80/{kernel}.cu", _defines(dtype, dim, "true")))
+    for dtype in ("Half", "BFloat16", "float"):
+        sources.append(Source("csrc/cuda/simt/dbias.cu", _defines(dtype)))
+    return sources
+
+
+def _defines(*values: str) -> dict[str, str]:
+    return dict(zip(("FASTATTN_DTYPE", "FASTATTN_HEAD_DIM", "FASTATTN_GENERAL"), values, strict=False))
 
 
 def say(message: str) -> None:

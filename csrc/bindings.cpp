@@ -120,10 +120,34 @@ void cpu_backward(const py::tuple& call, uintptr_t dropout_seed, const py::objec
 }
 
 #ifdef FASTATTN_WITH_CUDA
+// What is known of a call without its tensors.
+AttentionParams cuda_call_params(const py::tuple& call, bool has_mask, bool has_bias, bool deterministic,
+                                 int64_t device) {
+    const py::object none = py::none(), some = py::make_tuple(1, 0, 0, 0, 0);
+    AttentionParams p = forward_params(call, 1, none, none, none, has_mask ? some : none, has_bias ? some : none, none,
+                                       none);
+    p.deterministic = deterministic;
+    p.device = device;
+    return p;
+}
+
+std::string cuda_configuration(const py::tuple& call, bool has_mask, bool has_bias, bool backward) {
+    return cuda::configuration(cuda_call_params(call, has_mask, has_bias, false, 0), backward);
+}
+
+size_t cuda_forward_workspace_bytes(const py::tuple& call, int64_t device) {
+    return cuda::forward_workspace_bytes(cuda_call_params(call, false, false, false, device));
+}
+
+size_t cuda_backward_workspace_bytes(const py::tuple& call, bool deterministic) {
+    return cuda::backward_workspace_bytes(cuda_call_params(call, false, false, deterministic, 0));
+}
+
 void cuda_forward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
                   const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
-                  const py::object& lse, int64_t device, uintptr_t stream) {
+                  const py::object& lse, uintptr_t workspace, int64_t device, uintptr_t stream) {
     AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse);
+    p.workspace = reinterpret_cast<void*>(workspace);
     p.device = device;
     py::gil_scoped_release release;
     cuda::attention_forward(p, reinterpret_cast<void*>(stream));
@@ -133,10 +157,11 @@ void cuda_backward(const py::tuple& call, uintptr_t dropout_seed, const py::obje
                    const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
                    const py::object& lse, const py::object& grad_out, const py::object& grad_lse, const py::object& dq,
                    const py::object& dk, const py::object& dv, const py::object& dbias, uintptr_t workspace,
-                   int64_t device, uintptr_t stream) {
+                   bool deterministic, int64_t device, uintptr_t stream) {
     AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse), grad_out,
                                         grad_lse, dq, dk, dv, dbias);
     p.workspace = reinterpret_cast<void*>(workspace);
+    p.deterministic = deterministic;
     p.device = device;
     py::gil_scoped_release release;
     cuda::attention_backward(p, reinterpret_cast<void*>(stream));
@@ -154,6 +179,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_instruction_set", &cpu::instruction_set);
 #ifdef FASTATTN_WITH_CUDA
     m.attr("has_cuda") = true;
+    m.def("cuda_configuration", &cuda_configuration);
+    m.def("cuda_forward_workspace_bytes", &cuda_forward_workspace_bytes);
+    m.def("cuda_backward_workspace_bytes", &cuda_backward_workspace_bytes);
     m.def("cuda_forward", &cuda_forward);
     m.def("cuda_backward", &cuda_backward);
     m.attr("cuda_archs") = FASTATTN_CUDA_ARCHS;

@@ -30,30 +30,21 @@ void with_bucket(int64_t x, const F& f) {
     }
 }
 
-// Calls f with an element of the dtype.
+// Calls f with an element of a 16-bit dtype.
 template <typename F>
 void with_element(DType dtype, const F& f) {
-    if (dtype == DType::kFloat16) return f(Half{});
-    check(dtype == DType::kBFloat16, "dtype code ", static_cast<int>(dtype), ": no tensor core kernel");
-    f(BFloat16{});
+    dtype == DType::kFloat16 ? f(Half{}) : f(BFloat16{});
 }
-template <typename F>
-void with_simt_element(DType dtype, const F& f) {
-    dtype == DType::kFloat32 ? f(0.f) : with_element(dtype, f);
-}
+
+bool use_tensor_cores(const AttentionParams& p) { return p.dtype != DType::kFloat32; }
 
 void check_params(const AttentionParams& p) {
+    constexpr int64_t kMaxLength = int64_t{1} << 30;  // queries and keys are numbered with 32 bits
+    check(p.dtype != DType::kFloat64, "float64: the CUDA kernels take float16, bfloat16, float32");
     check(p.heads_k > 0 && p.heads_q % p.heads_k == 0, "heads_q ", p.heads_q, " is no multiple of heads_k ", p.heads_k);
     check(!p.bias.data || p.bias_dtype != DType::kFloat64, "a float64 bias");
-    check(p.seqlen_q < (int64_t{1} << 32) && p.seqlen_k < (int64_t{1} << 34), "seqlen_q ", p.seqlen_q, ", seqlen_k ",
-          p.seqlen_k, ": too long for the dropout counter");
-}
-
-// The tensor core kernels number queries, keys and a group's rows with 32 bits.
-bool use_tensor_cores(const AttentionParams& p) {
-    constexpr int64_t kLimit = int64_t{1} << 30;
-    return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && head_dim(p) <= kMaxHeadDim &&
-           p.seqlen_q < kLimit && p.seqlen_k < kLimit;
+    check(p.seqlen_q < kMaxLength && p.seqlen_k < kMaxLength, "seqlen_q ", p.seqlen_q, ", seqlen_k ", p.seqlen_k,
+          ": must be less than 2^30");
 }
 
 // Rows that are made of 16-byte chunks; a dimension that is never stepped along may have any stride.
@@ -130,7 +121,6 @@ void backward_on_tensor_cores(const AttentionParams& p, void* stream) {
             with_bucket<32, 64, 96, 128, 192, 256>(
                 head_dim(p), [&](auto bucket) { backward_passes<T, bucket, false>(p, stream); });
         }
-        if (p.dbias.data) simt::dbias<T, 64>(p, stream);
     });
 }
 
@@ -171,21 +161,21 @@ void attention_forward(const AttentionParams& p, void* stream) {
     check_params(p);
     const DeviceGuard guard(p.device);
     if (use_tensor_cores(p)) return forward_on_tensor_cores(p, stream);
-    with_simt_element(p.dtype, [&](auto element) {
-        with_bucket<64, 128, 256>(p.head_dim_v,
-                                  [&](auto bucket) { simt::forward<decltype(element), bucket>(p, stream); });
-    });
+    with_bucket<64, 128, 256>(p.head_dim_v, [&](auto bucket) { simt::forward<float, bucket>(p, stream); });
 }
 
 void attention_backward(const AttentionParams& p, void* stream) {
     check_params(p);
     check(p.workspace != nullptr, "the backward needs ", backward_workspace_bytes(p), " bytes of workspace");
     const DeviceGuard guard(p.device);
-    if (use_tensor_cores(p)) return backward_on_tensor_cores(p, stream);
-    with_simt_element(p.dtype, [&](auto element) {
-        with_bucket<64, 128, 256>(head_dim(p),
-                                  [&](auto bucket) { simt::backward<decltype(element), bucket>(p, stream); });
-    });
+    if (use_tensor_cores(p)) {
+        backward_on_tensor_cores(p, stream);
+    } else {
+        with_bucket<64, 128, 256>(head_dim(p), [&](auto bucket) { simt::backward<float, bucket>(p, stream); });
+    }
+    if (!p.dbias.data) return;
+    if (p.dtype == DType::kFloat32) return simt::dbias<float>(p, stream);
+    with_element(p.dtype, [&](auto element) { simt::dbias<decltype(element)>(p, stream); });
 }
 
 }  // namespace fastattn::cuda

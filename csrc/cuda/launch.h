@@ -32,6 +32,13 @@ private:
     bool switched_ = false;
 };
 
+inline int64_t multiprocessors(int64_t device) {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, static_cast<int>(device)),
+               "cudaDeviceGetAttribute");
+    return count;
+}
+
 struct Grid {
     int64_t x, y = 1, z = 1;
 };

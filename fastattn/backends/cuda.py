@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Gradients, empty_like_layout
-from fastattn.backends.native import backward_arguments, forward_arguments
+from fastattn.backends.native import backward_arguments, forward_arguments, pack_call
 from fastattn.spec import AttentionSpec
 
 try:
@@ -21,6 +21,7 @@ else:
     _IMPORT_ERROR = None
 
 MAX_HEAD_DIM = 256
+MAX_SEQLEN = 2**30 - 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -35,8 +36,17 @@ def _lowest_capability() -> tuple[int, int]:
     return divmod(lowest, 10)
 
 
+@functools.lru_cache(maxsize=1024)
+def _forward_workspace_bytes(spec: AttentionSpec, device: int) -> int:
+    return _C.cuda_forward_workspace_bytes(pack_call(spec), device)
+
+
 class CudaBackend:
-    """float16, bfloat16 and float32, all computed in float32; head dimensions up to ``MAX_HEAD_DIM``."""
+    """float16 and bfloat16 on tensor cores, float32 without; summed in float32; head dimensions to ``MAX_HEAD_DIM``.
+
+    dQ of the 16-bit types is summed by atomics, in an order that differs from run to run, unless
+    ``torch.use_deterministic_algorithms`` asks for one order; everything else always has one.
+    """
 
     name = "cuda"
 
@@ -67,13 +77,25 @@ class CudaBackend:
         for name in ("head_dim_qk", "head_dim_v"):
             if getattr(spec, name) > MAX_HEAD_DIM:
                 reasons.append(f"{name} {getattr(spec, name)}: at most {MAX_HEAD_DIM}")
+        for name in ("seqlen_q", "seqlen_k"):
+            if getattr(spec, name) > MAX_SEQLEN:
+                reasons.append(f"{name} {getattr(spec, name)}: at most {MAX_SEQLEN}")
         return reasons
 
     def configuration(self, spec: AttentionSpec) -> str:
-        return "general SIMT kernel (no tensor cores), tiles of 64 queries x 64 keys; not yet run on a GPU"
+        if _C is None or not _C.has_cuda:
+            return "not built"
+        call, has_mask, has_bias = pack_call(spec), spec.mask is not None, spec.bias is not None
+        parts = [_C.cuda_configuration(call, has_mask, has_bias, False)]
+        if spec.needs_grad or spec.needs_bias_grad:
+            parts.append(_C.cuda_configuration(call, has_mask, has_bias, True))
+        return "; ".join([*dict.fromkeys(parts), "not yet run on a GPU"])
 
     def _stream(self, x: Tensor) -> int:
         return torch.cuda.current_stream(x.device).cuda_stream
+
+    def _workspace(self, size: int, x: Tensor) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=x.device)
 
     def forward(
         self,
@@ -88,7 +110,8 @@ class CudaBackend:
         out = empty_like_layout(q, spec.head_dim_v)
         lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
         arguments = forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse)
-        _C.cuda_forward(*arguments, q.get_device(), self._stream(q))
+        workspace = self._workspace(_forward_workspace_bytes(spec, q.get_device()), q)
+        _C.cuda_forward(*arguments, workspace.data_ptr(), q.get_device(), self._stream(q))
         return out, lse
 
     def backward(
@@ -109,11 +132,13 @@ class CudaBackend:
         dbias = None
         if spec.needs_bias_grad and bias is not None:
             dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-        delta = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        workspace = self._workspace(_C.cuda_backward_workspace_bytes(pack_call(spec), deterministic), q)
         _C.cuda_backward(
             *forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse),
             *backward_arguments(grad_out, grad_lse, dq, dk, dv, dbias),
-            delta.data_ptr(),
+            workspace.data_ptr(),
+            deterministic,
             q.get_device(),
             self._stream(q),
         )

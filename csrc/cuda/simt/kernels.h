@@ -6,12 +6,16 @@
 
 namespace fastattn::cuda::simt {
 
-// T: Half, BFloat16 or float. kHeadDim: 64, 128 or 256; head_dim_v is at most that.
+// T: float. kHeadDim: 64, 128 or 256; head_dim_v is at most that.
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& params, void* stream);
 
 // head_dim_qk and head_dim_v are at most kHeadDim. workspace: delta (batch, heads_q, seqlen_q) float, contiguous.
 template <typename T, int kHeadDim>
 void backward(const AttentionParams& params, void* stream);
+
+// T: Half, BFloat16 or float; any head_dim. workspace: as backward leaves it. params.dbias is wanted.
+template <typename T>
+void dbias(const AttentionParams& params, void* stream);
 
 }  // namespace fastattn::cuda::simt
