@@ -3,7 +3,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/sm90/kernels.h"
-#include "cuda/tensor_map.h"
+#include "cuda/sm90/maps.h"
 
 namespace fastattn::cuda::sm90 {
 namespace {
@@ -28,15 +28,6 @@ forward_kernel(FASTATTN_CONSTANT ForwardArguments arguments) {
         increase_registers<Block::kConsumerRegisters>();
         block.consume();
     }
-}
-
-// Boxes of one span and `rows` rows of a (batch, heads, seq, head_dim) tensor. The stride of a dimension of size 1 is
-// never used, but looked at.
-template <typename Tile>
-TensorMap tensor_map(DType dtype, const Tensor4& x, int64_t batch, int64_t heads, int64_t seq, int64_t dim, int rows) {
-    const auto stride = [&](int d, int64_t size) { return size == 1 ? int64_t{8} : x.stride[d]; };
-    return make_tensor_map(dtype, x.data, {dim, seq, heads, batch}, {stride(2, seq), stride(1, heads), stride(0, batch)},
-                           Tile::kSpan, rows);
 }
 
 template <typename T, int kHeadDim, int kVariant>

@@ -272,8 +272,9 @@ private:
             const float max = shuffle(r < 8 ? softmax.max[0] : softmax.max[1], r % 8 * 4);
             const float normalizer = shuffle(r < 8 ? softmax.normalizer(0) : softmax.normalizer(1), r % 8 * 4);
             if (work.i0 + row >= band.seqlen_q) break;
-            redo_row<T, kTile.queries, kHeadDimV>(p, band, q, row, work.b, work.h, work.hk, work.i0 + row,
-                                                  softmax.unit, max, normalizer);
+            RowSum<kHeadDimV> out;
+            redo_query<T>(p, band, work.b, work.h, work.hk, work.i0 + row, softmax.unit, max, normalizer, out);
+            out.template write<T, kTile.queries>(q, row, 1.f);
         }
     }
 };

@@ -13,4 +13,13 @@ namespace fastattn::cuda::sm90 {
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& params, int variant, int multiprocessors, void* stream);
 
+// kHeadDim: 64 or 128. The backward: sm80::prepare (params.deterministic: no sums for dQ are cleared), clear_dq_sums,
+// dkdv, convert_dq; deterministic: sm80::prepare, dkdv, sm80::dq. workspace: gradient_sums.h.
+template <typename T, int kHeadDim>
+void clear_dq_sums(const AttentionParams& params, void* stream);
+template <typename T, int kHeadDim>
+void dkdv(const AttentionParams& params, void* stream);
+template <typename T, int kHeadDim>
+void convert_dq(const AttentionParams& params, void* stream);
+
 }  // namespace fastattn::cuda::sm90

@@ -5,10 +5,9 @@
 #include <cmath>
 
 #include "cuda/online_softmax.h"
+#include "cuda/sm90/contain.h"
 
 namespace fastattn::cuda::sm90 {
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct RowSoftmax {
     float max[2] = {-INFINITY, -INFINITY};

@@ -42,4 +42,16 @@ constexpr uint32_t forward_shared_bytes(int head_dim, int variant) {
            8 * forward_barriers(t.stages);
 }
 
+struct KeyTile {
+    int queries, keys;  // of one step, of the block
+    // K, V, two stages of Q, dO, dS and of each query's lse and delta, two parts of 64 x 64 sums of dQ, nine barriers.
+    constexpr int shared_bytes(int head_dim) const {
+        return 2 * head_dim * (2 * keys + 4 * queries) + 4 * keys * queries + 16 * queries + 2 * 4 * 64 * 64 + 72;
+    }
+};
+
+// The backward: two warpgroups with 64 keys each. S^T, dP^T, dK and dV of 64 queries fill the registers at head_dim 128
+// (FlashAttention-3: 80 queries where nothing is masked); at 64, with 128 queries, they do not fit.
+constexpr KeyTile key_tile(int) { return {64, 128}; }
+
 }  // namespace fastattn::cuda::sm90
