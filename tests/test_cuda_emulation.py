@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 import fastattn
 from fastattn import dispatch
 from fastattn.backends import cuda
-from fastattn.spec import AttentionSpec
 from tests.cases import CASES, Case
 from tests.tolerance import assert_close_to_oracle
 
@@ -24,33 +21,15 @@ pytest.importorskip("ninja")
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
+from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
+
 # Each case runs in one dtype, in turn, and its backward as well.
 DTYPES = {case.name: (torch.float32, torch.bfloat16, torch.float16)[n % 3] for n, case in enumerate(CASES)}
 
 
-class EmulatedBackend(cuda.CudaBackend):
-    """The CUDA backend with CPU tensors."""
-
-    def unavailable_reason(self) -> str | None:
-        return None
-
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        return [reason for reason in super().unsupported_reasons(spec) if not reason.startswith("device")]
-
-    def _stream(self, x: Tensor) -> int:
-        return 0
-
-
 @pytest.fixture(scope="session")
 def emulated() -> EmulatedBackend:
-    from tests.cuda_emulation.build import ROOT, load
-
-    (ROOT / "build").mkdir(exist_ok=True)
-    with Path(ROOT / "build" / "cuda-emulation.lock").open("w") as lock:  # pytest -n: one process builds
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        module = load()
-    cuda._C = module
-    return EmulatedBackend()
+    return emulated_backend()
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +38,14 @@ def use_emulation(emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(dispatch, "get_backend", lambda name: emulated if name == "cuda" else real(name))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
+    emulated.emulator.configure()
     yield
+    emulated.emulator.configure()
     torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_case(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case(case: Case, emulated: EmulatedBackend) -> None:
     if max(case.head_dim_qk, case.head_dim_v) > cuda.MAX_HEAD_DIM:
         with pytest.raises(RuntimeError, match="head_dim"):
             case.make(DTYPES[case.name]).run(fastattn.attention, backend="cuda")
@@ -73,8 +54,7 @@ def test_case(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     actual, naive, oracle = inputs.run(fastattn.attention, backend="cuda"), inputs.naive(), inputs.oracle()
     for name, value in actual.items():
         assert_close_to_oracle(value, naive[name], oracle[name], f"{case.name} {name}")
-    # With the threads in the opposite order, a missing barrier gives something else.
-    monkeypatch.setenv("FASTATTN_EMULATION_REVERSE", "1")
+    emulated.emulator.configure(seed=1)
     for name, value in inputs.run(fastattn.attention, backend="cuda").items():
         assert torch.equal(actual[name], value), f"{name} depends on the order of threads"
 
