@@ -132,7 +132,7 @@ std::string configuration(const AttentionParams& p, bool backward) {
     if (!use_tensor_cores(p)) {
         text << "general SIMT kernel (no tensor cores), tiles of 64 queries x 64 keys";
     } else if (backward) {
-        const sm80::KeyTile tile = sm80::key_tile(dim);
+        const sm80::KeyTile tile = by_entry(p) ? sm80::general_key_tile(dim) : sm80::key_tile(dim);
         text << "tensor cores (sm_80), " << (by_entry(p) ? "general backward" : "backward") << ", tiles of "
              << tile.queries << " queries x " << tile.keys << " keys, " << tile.warps << " warps";
     } else {

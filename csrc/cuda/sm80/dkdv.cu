@@ -6,6 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/atomic.h"
 #include "cuda/ptx/barrier.h"
+#include "cuda/ptx/opaque.h"
 #include "cuda/scheduler.h"
 #include "cuda/sm80/backward.h"
 #include "cuda/sm80/kernels.h"
@@ -21,19 +22,21 @@ struct Steps {
     FASTATTN_DEVICE int count() const { return heads * tiles.count(); }
     FASTATTN_DEVICE int masked() const { return heads * tiles.masked(); }
     struct Step {
-        int head, tile;
+        int n, head, turn;  // head: of the group; turn: for tiles.at()
     };
-    FASTATTN_DEVICE Step at(int n) const {
-        const int masked_tiles = tiles.masked(), full_tiles = tiles.count() - masked_tiles;
-        if (n < masked()) return {n / masked_tiles, tiles.at(n % masked_tiles)};
-        n -= masked();
-        return {n / full_tiles, tiles.full(masked_tiles + n % full_tiles)};
+    FASTATTN_DEVICE Step after(const Step& step) const {
+        const int n = step.n + 1;
+        if (n == masked()) return {n, 0, tiles.masked()};
+        const bool last = step.turn + 1 == (n < masked() ? tiles.masked() : tiles.count());
+        if (!last) return {n, step.head, step.turn + 1};
+        return {n, step.head + 1, n < masked() ? 0 : tiles.masked()};
     }
 };
+using Step = Steps::Step;
 
 template <typename T, int kHeadDim, bool kGeneral>
 struct KeyTileLoop {
-    static constexpr KeyTile kTile = key_tile(kHeadDim);
+    static constexpr KeyTile kTile = kGeneral ? general_key_tile(kHeadDim) : key_tile(kHeadDim);
     static constexpr int kThreads = kTile.threads(), kGroups = kTile.groups();
     static constexpr int kStepQueries = kTile.queries / kGroups;  // of S^T in one warp
     static constexpr int kN = kStepQueries / 8, kD = kHeadDim / 8 / kGroups;
@@ -43,21 +46,29 @@ struct KeyTileLoop {
 
     const AttentionParams& p;
     const Band& band;
-    const int64_t b, hk;
-    const int j0;
+    const int b, hk, j0;
     const Steps steps;
     const EntryGradient<kGeneral> gradient;
 
-    const uint32_t k = smem_base();
-    const uint32_t v = k + kTile.keys * Layout::kRowBytes, q = v + kTile.keys * Layout::kRowBytes;
-    const uint32_t grad_out = q + 2 * kTile.queries * Layout::kRowBytes;
-    const uint32_t ds = grad_out + kTile.queries * Layout::kRowBytes;
-    const uint32_t weights = ds + (kGroups - 1) * kTile.keys * Square::kRowBytes;
-    const uint32_t rows = weights + kTile.keys * Square::kRowBytes;  // [stage][lse, delta][queries]
+    // The block's shared memory.
+    struct Memory {
+        uint32_t k, v, q, grad_out, ds, weights, rows;  // rows: [stage][lse, delta][queries]
+
+        FASTATTN_DEVICE explicit Memory(uint32_t base)
+            : k(base),
+              v(k + kTile.keys * Layout::kRowBytes),
+              q(v + kTile.keys * Layout::kRowBytes),
+              grad_out(q + 2 * kTile.queries * Layout::kRowBytes),
+              ds(grad_out + kTile.queries * Layout::kRowBytes),
+              weights(ds + (kGroups - 1) * kTile.keys * Square::kRowBytes),
+              rows(weights + kTile.keys * Square::kRowBytes) {}
+        FASTATTN_DEVICE uint32_t q_stage(int n) const { return q + (n & 1) * kTile.queries * Layout::kRowBytes; }
+        FASTATTN_DEVICE uint32_t row(int n, int i) const { return rows + ((n & 1) * 2 * kTile.queries + i) * 4; }
+    };
 
     float dk[1][kD][4], dv[1][kD][4];
 
-    FASTATTN_DEVICE KeyTileLoop(const AttentionParams& p, const Band& band, int64_t b, int64_t hk, int j0)
+    FASTATTN_DEVICE KeyTileLoop(const AttentionParams& p, const Band& band, int b, int hk, int j0)
         : p(p),
           band(band),
           b(b),
@@ -68,8 +79,8 @@ struct KeyTileLoop {
 
     static FASTATTN_DEVICE int first_key() { return warp() / kGroups * 16; }
     static FASTATTN_DEVICE int group() { return warp() % kGroups; }
-    FASTATTN_DEVICE int64_t head(int n) const { return hk * steps.heads + steps.at(n).head; }
-    FASTATTN_DEVICE int first_query(int n) const { return steps.at(n).tile * kTile.queries; }
+    FASTATTN_DEVICE int head(const Step& step) const { return hk * steps.heads + step.head; }
+    FASTATTN_DEVICE int first_query(const Step& step) const { return steps.tiles.at(step.turn) * kTile.queries; }
 
     template <int kRows>
     static FASTATTN_DEVICE void load(uint32_t to, const Matrix<const T>& from, int row0) {
@@ -79,62 +90,68 @@ struct KeyTileLoop {
             load_elements<T, kRows, kHeadDim, kThreads>(to, from, row0);
         }
     }
-    FASTATTN_DEVICE void load_q(int n) const {
-        load<kTile.queries>(q + (n & 1) * kTile.queries * Layout::kRowBytes,
-                            head_matrix<const T>(p.q, b, head(n), p.seqlen_q, p.head_dim_qk), first_query(n));
+    FASTATTN_DEVICE void load_q(const Memory& memory, const Step& step) const {
+        load<kTile.queries>(memory.q_stage(step.n),
+                            head_matrix<const T>(p.q, b, head(step), p.seqlen_q, p.head_dim_qk), first_query(step));
     }
-    FASTATTN_DEVICE void load_grad_out(int n) const {
-        load<kTile.queries>(grad_out, head_matrix<const T>(p.grad_out, b, head(n), p.seqlen_q, p.head_dim_v),
-                            first_query(n));
+    FASTATTN_DEVICE void load_grad_out(const Memory& memory, const Step& step) const {
+        load<kTile.queries>(memory.grad_out,
+                            head_matrix<const T>(p.grad_out, b, head(step), p.seqlen_q, p.head_dim_v),
+                            first_query(step));
     }
-    FASTATTN_DEVICE uint32_t row_address(int n, int row) const { return rows + ((n & 1) * 2 * kTile.queries + row) * 4; }
 
-    // lse and delta of query thread_index() of step n; to be kept in registers while the step before is at work.
+    // lse and delta of query thread_index() of a step; kept in registers while the step before is at work.
     struct Row {
         float lse, delta;
     };
-    FASTATTN_DEVICE Row read_row(int n) const {
-        const int i = first_query(n) + thread_index();
+    FASTATTN_DEVICE Row read_row(const Step& step) const {
+        const int i = first_query(step) + thread_index();
         if (thread_index() >= kTile.queries || i >= band.seqlen_q) return {INFINITY, 0.f};
-        const int64_t at = row_index(p, b, head(n), i);
+        const int64_t at = row_index(p, b, head(step), i);
         return {load_global(lse_rows(p) + at), load_global(delta_rows(p) + at)};
     }
-    FASTATTN_DEVICE void keep_row(int n, const Row& row) const {
+    static FASTATTN_DEVICE void keep_row(const Memory& memory, int n, const Row& row) {
         if (thread_index() >= kTile.queries) return;
-        store_shared(row_address(n, thread_index()), row.lse);
-        store_shared(row_address(n, kTile.queries + thread_index()), row.delta);
+        store_shared(memory.row(n, thread_index()), row.lse);
+        store_shared(memory.row(n, kTile.queries + thread_index()), row.delta);
     }
 
     // All steps; `careful` repeats them for dK and dV alone, without forming 0 * NaN.
     FASTATTN_DEVICE void run(bool careful) {
         clear(dk);
         clear(dv);
-        const int count = steps.count(), masked = steps.masked();
+        const int count = steps.count();
         if (count == 0) return;
-        load<kTile.keys>(k, head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk), j0);
-        load<kTile.keys>(v, head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v), j0);
-        load_q(0);
-        load_grad_out(0);
+        const Memory memory(smem_base());
+        load<kTile.keys>(memory.k, head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk), j0);
+        load<kTile.keys>(memory.v, head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v), j0);
+        Step at = {0, 0, 0};
+        load_q(memory, at);
+        load_grad_out(memory, at);
         cp_async_commit();
-        keep_row(0, read_row(0));
-        const int looks_at_indices = kGeneral || careful ? count : masked;
-        int n = 0;
-        for (; n < looks_at_indices; ++n) step<true>(n, count, careful);
+        keep_row(memory, 0, read_row(at));
+        const int looks_at_indices = kGeneral || careful ? count : steps.masked();
+        while (at.n < looks_at_indices) at = step<true>(at, count, careful);
         if (!kGeneral) {
-            for (; n < count; ++n) step<false>(n, count, careful);
+            while (at.n < count) at = step<false>(at, count, careful);
         }
     }
 
 private:
+    // One step; returns the next.
     template <bool kMasked>
-    FASTATTN_DEVICE void step(int n, int count, bool careful) {
-        const uint32_t q_tile = q + (n & 1) * kTile.queries * Layout::kRowBytes;
+    FASTATTN_DEVICE Step step(const Step& here, int count, bool careful) {
+        const Memory memory(opaque(smem_base()));
+        const uint32_t q = memory.q_stage(here.n);
+        const bool more = here.n + 1 < count;
+        Step next = {count, 0, 0};
+        Row next_row = {};
         cp_async_wait<0>();
         barrier();
-        Row next_row = {};
-        if (n + 1 < count) {
-            load_q(n + 1);
-            next_row = read_row(n + 1);
+        if (more) {
+            next = steps.after(here);
+            load_q(memory, next);
+            next_row = read_row(next);
         }
         cp_async_commit();
 
@@ -142,30 +159,32 @@ private:
         clear(s);
         clear(dp);
         const uint32_t own_keys = Layout::bytes(first_key()), own_queries = Layout::bytes(group() * kStepQueries);
-        multiply_rows<T, kHeadDim, 16>(s, k + own_keys, q_tile + own_queries);
-        multiply_rows<T, kHeadDim, 16>(dp, v + own_keys, grad_out + own_queries);
-        differentiate<kMasked>(s, dp, n);
-        store_transposed(ds, dp);
+        multiply_rows<T, kHeadDim, 16>(s, memory.k + own_keys, q + own_queries);
+        multiply_rows<T, kHeadDim, 16>(dp, memory.v + own_keys, memory.grad_out + own_queries);
+        differentiate<kMasked>(s, dp, memory, here);
+        store_transposed(memory.ds, dp);
         if constexpr (kGroups == 1) {
-            accumulate<kMasked>(dv, s, grad_out, careful);
-            accumulate<kMasked>(dk, dp, q_tile, careful);
+            accumulate<kMasked>(dv, s, memory.grad_out, careful);
+            accumulate<kMasked>(dk, dp, q, careful);
         } else {
-            store_transposed(weights, s);
+            store_transposed(memory.weights, s);
             barrier();
-            accumulate_shared<kMasked>(dv, weights, grad_out, careful);
-            accumulate_shared<kMasked>(dk, ds, q_tile, careful);
+            accumulate_shared<kMasked>(dv, memory.weights, memory.grad_out, careful);
+            accumulate_shared<kMasked>(dk, memory.ds, q, careful);
         }
-        if (n + 1 < count) keep_row(n + 1, next_row);
+        if (more) keep_row(memory, here.n + 1, next_row);
         barrier();
-        if (n + 1 < count) load_grad_out(n + 1);
+        if (more) load_grad_out(memory, next);
         cp_async_commit();
-        if (!p.deterministic && !careful) add_dq<kMasked>(n);
+        if (!p.deterministic && !careful) add_dq<kMasked>(memory, here);
+        return next;
     }
 
     // s: S^T to P^T, dp: dP^T to dS^T.
     template <bool kMasked>
-    FASTATTN_DEVICE void differentiate(float (&s)[1][kN][4], float (&dp)[1][kN][4], int n) const {
-        const int column = group() * kStepQueries + fragment_col(0), i0 = first_query(n) + column;
+    FASTATTN_DEVICE void differentiate(float (&s)[1][kN][4], float (&dp)[1][kN][4], const Memory& memory,
+                                       const Step& here) const {
+        const int column = group() * kStepQueries + fragment_col(0), i0 = first_query(here) + column;
         int begin[2] = {}, end[2] = {};
         if (kMasked) {
 #pragma unroll
@@ -179,13 +198,13 @@ private:
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
                 const int i = 8 * c + pair;  // from i0
-                const float lse = load_shared<float>(row_address(n, column + i));
-                const float delta = load_shared<float>(row_address(n, kTile.queries + column + i));
+                const float lse = load_shared<float>(memory.row(here.n, column + i));
+                const float delta = load_shared<float>(memory.row(here.n, kTile.queries + column + i));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const bool visible = !kMasked || (begin[half] <= i && i < end[half]);
                     gradient(s[0][c][2 * half + pair], dp[0][c][2 * half + pair], visible, lse, delta, b,
-                             kGeneral ? head(n) : 0, i0 + i, j0 + first_key() + fragment_row(2 * half));
+                             kGeneral ? head(here) : 0, i0 + i, j0 + first_key() + fragment_row(2 * half));
                 }
             }
         }
@@ -230,11 +249,20 @@ private:
         }
     }
 
+    FASTATTN_DEVICE void add_pair(float* row, int col, float low, float high) const {
+        if (col + 1 < p.head_dim_qk && p.head_dim_qk % 2 == 0) {
+            reduce_add(row + col, low, high);
+        } else if (col < p.head_dim_qk) {
+            reduce_add(row + col, low);
+            if (col + 1 < p.head_dim_qk) reduce_add(row + col + 1, high);
+        }
+    }
+
     // dQ of the step's queries, in items of 16 queries x 32 columns.
     template <bool kMasked>
-    FASTATTN_DEVICE void add_dq(int n) const {
+    FASTATTN_DEVICE void add_dq(const Memory& memory, const Step& here) const {
         constexpr int kRowBlocks = kTile.queries / 16, kItems = kRowBlocks * (kHeadDim / 32);
-        float* sums = dq_sums(p) + row_index(p, b, head(n), first_query(n)) * p.head_dim_qk;
+        float* sums = dq_sums(p) + row_index(p, b, head(here), first_query(here)) * p.head_dim_qk;
 #pragma unroll 1
         for (int item = warp(); item < kItems; item += kTile.warps) {
             const int row_block = item % kRowBlocks, columns = item / kRowBlocks;
@@ -243,24 +271,26 @@ private:
 #pragma unroll
             for (int block = 0; block < kTile.keys / 16; ++block) {
                 uint32_t a[1][4];
-                load_transposed_fragment<kTile.queries>(a[0], ds, 16 * row_block, 16 * block);
-                multiply_columns<T, kHeadDim, 1>(dq, a, k + Layout::bytes(16 * block), columns);
+                load_transposed_fragment<kTile.queries>(a[0], memory.ds, 16 * row_block, 16 * block);
+                multiply_columns<T, kHeadDim, 1>(dq, a, memory.k + Layout::bytes(16 * block), columns);
             }
             if (kMasked && any_lane(any_nonfinite(dq, 3))) {
                 clear(dq);
 #pragma unroll 1
                 for (int block = 0; block < kTile.keys / 16; ++block) {
                     uint32_t a[1][4];
-                    load_transposed_fragment<kTile.queries>(a[0], ds, 16 * row_block, 16 * block);
-                    multiply_columns_visible<T, kHeadDim, 1>(dq, a, k + Layout::bytes(16 * block), columns);
+                    load_transposed_fragment<kTile.queries>(a[0], memory.ds, 16 * row_block, 16 * block);
+                    multiply_columns_visible<T, kHeadDim, 1>(dq, a, memory.k + Layout::bytes(16 * block), columns);
                 }
             }
 #pragma unroll
-            for (int e = 0; e < 16; ++e) {
-                const int row = 16 * row_block + fragment_row(e % 4);
-                const int col = 32 * columns + 8 * (e / 4) + fragment_col(e % 4);
-                if (first_query(n) + row < band.seqlen_q && col < p.head_dim_qk) {
-                    reduce_add(sums + row * p.head_dim_qk + col, dq[0][e / 4][e % 4]);
+            for (int half = 0; half < 2; ++half) {
+                const int row = 16 * row_block + fragment_row(2 * half);
+                if (first_query(here) + row >= band.seqlen_q) continue;
+                float* to = sums + row * p.head_dim_qk;
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    add_pair(to, 32 * columns + 8 * c + fragment_col(0), dq[0][c][2 * half], dq[0][c][2 * half + 1]);
                 }
             }
         }
@@ -268,7 +298,7 @@ private:
 };
 
 template <typename T, int kHeadDim, bool kGeneral>
-FASTATTN_KERNEL(key_tile(kHeadDim).threads(), 1) dkdv_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL((KeyTileLoop<T, kHeadDim, kGeneral>::kThreads), 1) dkdv_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = KeyTileLoop<T, kHeadDim, kGeneral>;
     constexpr KeyTile kTile = Loop::kTile;
     const Band band = Band::of(p);
@@ -276,7 +306,7 @@ FASTATTN_KERNEL(key_tile(kHeadDim).threads(), 1) dkdv_kernel(FASTATTN_CONSTANT A
     // The first tile first: under a causal window the most queries see it.
     const WorkItem work = work_item(block_index(), tiles, p.batch * p.heads_k,
                                     p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_q / p.heads_k);
-    const int64_t b = work.head / p.heads_k, hk = work.head % p.heads_k;
+    const int b = static_cast<int>(work.head / p.heads_k), hk = static_cast<int>(work.head % p.heads_k);
     const int j0 = work.tile * kTile.keys;
 
     Loop loop(p, band, b, hk, j0);
@@ -310,7 +340,7 @@ FASTATTN_KERNEL(key_tile(kHeadDim).threads(), 1) dkdv_kernel(FASTATTN_CONSTANT A
 
 template <typename T, int kHeadDim, bool kGeneral>
 void dkdv(const AttentionParams& p, void* stream) {
-    constexpr KeyTile kTile = key_tile(kHeadDim);
+    constexpr KeyTile kTile = KeyTileLoop<T, kHeadDim, kGeneral>::kTile;
     const int64_t tiles = (p.seqlen_k + kTile.keys - 1) / kTile.keys;
     launch(dkdv_kernel<T, kHeadDim, kGeneral>, {tiles * p.heads_k * p.batch}, kTile.threads(), kTile.shared_bytes(kHeadDim), stream, p);
 }

@@ -1,6 +1,7 @@
 // dQ in one order of summation: one block owns a tile of queries and runs over the keys that it sees.
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.h"
+#include "cuda/ptx/opaque.h"
 #include "cuda/scheduler.h"
 #include "cuda/sm80/backward.h"
 #include "cuda/sm80/kernels.h"
@@ -22,8 +23,7 @@ struct QueryTileLoop {
     const int i0;
     const TileRange tiles;
     const EntryGradient<kGeneral> gradient;
-    const uint32_t q = smem_base(), grad_out = q + kTile.queries * Layout::kRowBytes;
-    const uint32_t k = grad_out + kTile.queries * Layout::kRowBytes, v = k + 2 * kStage;
+    static constexpr uint32_t kGradOut = kTile.queries * Layout::kRowBytes, kK = 2 * kGradOut, kV = kK + 2 * kStage;
     float lse[2], delta[2];
     float dq[1][kHeadDim / 8][4];
 
@@ -58,16 +58,16 @@ struct QueryTileLoop {
     FASTATTN_DEVICE void load_keys(int n) const {
         const uint32_t stage = (n & 1) * kStage;
         const int j0 = tiles.at(n) * kTile.keys;
-        load<kTile.keys>(k + stage, head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk), j0);
-        load<kTile.keys>(v + stage, head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v), j0);
+        load<kTile.keys>(smem_base() + kK + stage, head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk), j0);
+        load<kTile.keys>(smem_base() + kV + stage, head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v), j0);
     }
 
     FASTATTN_DEVICE void run(bool careful) {
         clear(dq);
         const int count = tiles.count();
         if (count == 0) return;
-        load<kTile.queries>(q, head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk), i0);
-        load<kTile.queries>(grad_out, head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v), i0);
+        load<kTile.queries>(smem_base(), head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk), i0);
+        load<kTile.queries>(smem_base() + kGradOut, head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v), i0);
         load_keys(0);
         cp_async_commit();
         const int looks_at_indices = kGeneral || careful ? count : tiles.masked();
@@ -81,7 +81,8 @@ struct QueryTileLoop {
 private:
     template <bool kMasked>
     FASTATTN_DEVICE void step(int n, int count, bool careful) {
-        const uint32_t stage = (n & 1) * kStage;
+        const uint32_t q = opaque(smem_base()), grad_out = q + kGradOut;
+        const uint32_t k = q + kK + (n & 1) * kStage, v = q + kV + (n & 1) * kStage;
         const int j0 = (kMasked ? tiles.at(n) : tiles.full(n)) * kTile.keys;
         cp_async_wait<0>();
         barrier();
@@ -90,8 +91,8 @@ private:
         float s[1][kN][4], dp[1][kN][4];
         clear(s);
         clear(dp);
-        multiply_rows<T, kHeadDim, 16>(s, q + Layout::bytes(warp() * 16), k + stage);
-        multiply_rows<T, kHeadDim, 16>(dp, grad_out + Layout::bytes(warp() * 16), v + stage);
+        multiply_rows<T, kHeadDim, 16>(s, q + Layout::bytes(warp() * 16), k);
+        multiply_rows<T, kHeadDim, 16>(dp, grad_out + Layout::bytes(warp() * 16), v);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = row(half);
@@ -108,7 +109,7 @@ private:
         for (int block = 0; block < kTile.keys / 16; ++block) {
             uint32_t ds[1][4];
             pack_fragment<T>(ds[0], dp[0], block);
-            const uint32_t rows = k + stage + Layout::bytes(16 * block);
+            const uint32_t rows = k + Layout::bytes(16 * block);
             if (kMasked && careful) {
                 multiply_columns_visible<T, kHeadDim, 1>(dq, ds, rows, 0);
             } else {

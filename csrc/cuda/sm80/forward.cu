@@ -54,7 +54,7 @@ FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CON
     Loop loop(static_cast<float>(p.softmax_scale) * kLog2E);
     const auto rules = [&](auto& s, int j0, int) { apply_band<Loop>(s, band, i0, j0); };
     const auto no_dropout = [](auto&, int) {};
-    load_q(loop.q, i0);
+    load_q(smem_base(), i0);
     loop.run(tiles, 0, tiles.masked(), tiles.count(), false, load_k, load_v, rules, no_dropout);
     // The rows of the tile that exist: their output must be free of the NaN of keys they do not see.
     uint32_t rows = 0;
@@ -82,7 +82,7 @@ FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CON
 #pragma unroll
             for (int n = 0; n < kHeadDim / 8; ++n) {
                 store_shared(
-                    loop.q + Layout::offset(row, n) + 2 * fragment_col(0),
+                    smem_base() + Layout::offset(row, n) + 2 * fragment_col(0),
                     pack<T>(loop.out[m][n][2 * half] * factor, loop.out[m][n][2 * half + 1] * factor));
             }
         }
@@ -96,7 +96,7 @@ FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CON
             const int chunk = (n * 32 + lane()) % Layout::kChunks;
             if (i0 + row < out.rows && 8 * chunk < out.cols) {
                 store_global(reinterpret_cast<Words4*>(out.data + (i0 + row) * out.row_stride + 8 * chunk),
-                             load_shared<Words4>(loop.q + Layout::offset(row, chunk)));
+                             load_shared<Words4>(smem_base() + Layout::offset(row, chunk)));
             }
         }
     }

@@ -8,6 +8,7 @@
 #include "cuda/band.h"
 #include "cuda/online_softmax.h"
 #include "cuda/ptx/barrier.h"
+#include "cuda/ptx/opaque.h"
 #include "cuda/sm80/fragment.h"
 #include "cuda/sm80/load.h"
 #include "cuda/sm80/tiles.h"
@@ -24,8 +25,8 @@ struct ForwardLoop {
     using Layout = SwizzledTile<kHeadDim>;
     static constexpr uint32_t kStage = kTile.keys * Layout::kRowBytes;
 
-    const uint32_t q = smem_base();
-    const uint32_t k = q + Layout::bytes(kTile.queries), v = k + 2 * kStage;
+    static constexpr uint32_t kK = kTile.queries * Layout::kRowBytes, kV = kK + 2 * kStage;  // after Q
+
     OnlineSoftmax<kM> softmax;
     float out[kM][kHeadDim / 8][4];
 
@@ -41,9 +42,9 @@ struct ForwardLoop {
                              const LoadK& load_k, const LoadV& load_v, const Rules& rules, const Drop& drop) {
         softmax.reset();
         clear(out);
-        if (begin < end) load_k(k, tiles.at(begin) * kTile.keys);
+        if (begin < end) load_k(smem_base() + kK, tiles.at(begin) * kTile.keys);
         cp_async_commit();
-        if (begin < end) load_v(v, tiles.at(begin) * kTile.keys);
+        if (begin < end) load_v(smem_base() + kV, tiles.at(begin) * kTile.keys);
         cp_async_commit();
         int n = begin;
         for (; n < masked_end; ++n) step<true>(tiles, begin, n, end, careful, load_k, load_v, rules, drop);
@@ -57,7 +58,8 @@ private:
                               const LoadV& load_v, const Rules& rules, const Drop& drop) {
         const int j0 = (kMasked ? tiles.at(n) : tiles.full(n)) * kTile.keys;
         const int next = n + 1 == end ? -1 : (kMasked ? tiles.at(n + 1) : tiles.full(n + 1)) * kTile.keys;
-        const uint32_t here = ((n - begin) & 1) * kStage, there = kStage - here;
+        const uint32_t q = opaque(smem_base());
+        const uint32_t k = q + kK, v = q + kV, here = ((n - begin) & 1) * kStage, there = kStage - here;
 
         cp_async_wait<1>();
         barrier();

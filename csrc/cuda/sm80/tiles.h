@@ -55,6 +55,13 @@ constexpr KeyTile key_tile(int head_dim) {
     return {32, 32, 4};                        // 85 KiB; 64 keys would take 104 KiB
 }
 
+// With addresses and flags of single entries in registers as well there is room for fewer queries at a time.
+constexpr KeyTile general_key_tile(int head_dim) {
+    if (head_dim <= 64) return {32, 128, 8};   // 54 KiB
+    if (head_dim <= 128) return {16, 128, 8};  // 81 KiB
+    return key_tile(head_dim);
+}
+
 // The separate pass over tiles of queries for a dQ of one order of summation: Q, dO, and two stages of K and of V.
 constexpr ForwardTile query_tile(int head_dim) {
     if (head_dim <= 64) return {64, 64, 4};   // 48 KiB
