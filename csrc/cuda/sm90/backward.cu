@@ -16,10 +16,10 @@ FASTATTN_KERNEL((Backward<T, kHeadDim>::kThreads), 1) dkdv_kernel(FASTATTN_CONST
     if (thread_index() == 0) block.initialize();
     barrier();
     if (thread_index() < 128) {
-        decrease_registers<24>();
+        setmaxnreg_decrease<40>();
         if (thread_index() < 32) block.produce();
     } else {
-        increase_registers<240>();
+        setmaxnreg_increase<232>();
         block.consume();
     }
 }

@@ -16,7 +16,7 @@
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/global.h"
 #include "cuda/ptx/mbarrier.h"
-#include "cuda/ptx/registers.h"
+#include "cuda/ptx/setmaxnreg.h"
 #include "cuda/ptx/shared.h"
 #include "cuda/scheduler.h"
 #include "cuda/sm90/contain.h"
@@ -153,7 +153,7 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
-            wgmma<T, false, false>(d, Keys::k_major(a, 64 * group, step), Queries::k_major(b, 0, step), step > 0);
+            wgmma_ss<T, kTile.queries>(d, Keys::k_major(a, 64 * group, step), Queries::k_major(b, 0, step), step > 0);
         }
         wgmma_commit();
     }
@@ -163,7 +163,7 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kTile.queries / 16; ++step) {
-            wgmma<T, true>(d, a[step], Queries::mn_major(b, 0, step), true);
+            wgmma_rs<T, kHeadDim, true>(d, a[step], Queries::mn_major(b, 0, step), true);
         }
         wgmma_commit();
     }
@@ -172,7 +172,7 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kTile.keys / 16; ++step) {
-            wgmma<T, true, true>(dq, Scores::mn_major(ds, 0, step), Keys::mn_major(k, 64 * part, step), step > 0);
+            wgmma_ss<T, 64, true, true>(dq, Scores::mn_major(ds, 0, step), Keys::mn_major(k, 64 * part, step), step > 0);
         }
         wgmma_commit();
     }

@@ -14,18 +14,18 @@ forward_kernel(FASTATTN_CONSTANT ForwardArguments arguments) {
     using Block = Forward<T, kHeadDim, kVariant>;
     const Block block(arguments);
     if (thread_index() == 0) {
-        prefetch_tensor_map(arguments.q);
-        prefetch_tensor_map(arguments.k);
-        prefetch_tensor_map(arguments.v);
-        prefetch_tensor_map(arguments.out);
+        prefetch_tensor_map(&arguments.q);
+        prefetch_tensor_map(&arguments.k);
+        prefetch_tensor_map(&arguments.v);
+        prefetch_tensor_map(&arguments.out);
         block.initialize();
     }
     barrier();
     if (thread_index() < 128) {
-        decrease_registers<Block::kProducerRegisters>();
+        setmaxnreg_decrease<Block::kProducerRegisters>();
         if (thread_index() == 0) block.produce();
     } else {
-        increase_registers<Block::kConsumerRegisters>();
+        setmaxnreg_increase<Block::kConsumerRegisters>();
         block.consume();
     }
 }

@@ -13,7 +13,7 @@
 
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/mbarrier.h"
-#include "cuda/ptx/registers.h"
+#include "cuda/ptx/setmaxnreg.h"
 #include "cuda/sm90/contain.h"
 #include "cuda/sm90/softmax.h"
 #include "cuda/sm90/tiles.h"
@@ -140,7 +140,7 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
-            wgmma<T, false, false>(s, Queries::k_major(q, 64 * group, step),
+            wgmma_ss<T, kTile.keys>(s, Queries::k_major(q, 64 * group, step),
                                    Keys::k_major(k + stage * Keys::kBytes, 0, step), step > 0);
         }
         wgmma_commit();
@@ -151,7 +151,7 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kTile.keys / 16; ++step) {
-            wgmma<T, true>(out, weights[step], Values::mn_major(v + stage * Values::kBytes, 0, step), true);
+            wgmma_rs<T, kHeadDimV, true>(out, weights[step], Values::mn_major(v + stage * Values::kBytes, 0, step), true);
         }
         wgmma_commit();
     }

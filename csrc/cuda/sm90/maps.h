@@ -1,7 +1,7 @@
 // Tensor maps of the arguments of a call; host only.
 #pragma once
 
-#include "cuda/tensor_map.h"
+#include "cuda/ptx/tensor_map.h"
 
 namespace fastattn::cuda::sm90 {
 
@@ -9,9 +9,9 @@ namespace fastattn::cuda::sm90 {
 // 1 is never used, but looked at.
 template <typename Tile>
 TensorMap tensor_map(DType dtype, const Tensor4& x, int64_t batch, int64_t heads, int64_t seq, int64_t dim, int rows) {
-    const auto stride = [&](int d, int64_t size) { return size == 1 ? int64_t{8} : x.stride[d]; };
-    return make_tensor_map(dtype, x.data, {dim, seq, heads, batch}, {stride(2, seq), stride(1, heads), stride(0, batch)},
-                           Tile::kSpan, rows);
+    const auto bytes = [&](int d, int64_t size) { return size == 1 ? int64_t{16} : 2 * x.stride[d]; };
+    return make_tensor_map<4>(dtype, x.data, {dim, seq, heads, batch}, {bytes(2, seq), bytes(1, heads), bytes(0, batch)},
+                              {Tile::kSpan, rows, 1, 1}, Tile::kSwizzle);
 }
 
 }  // namespace fastattn::cuda::sm90

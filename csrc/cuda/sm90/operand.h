@@ -1,7 +1,7 @@
 // Tiles of 16-bit elements in shared memory, as the tensor memory accelerator writes and wgmma reads them.
 #pragma once
 
-#include "cuda/ptx/tma.h"
+#include "cuda/ptx/bulk_copy.h"
 #include "cuda/ptx/wgmma.h"
 
 namespace fastattn::cuda::sm90 {
@@ -12,7 +12,7 @@ template <int kRows, int kCols>
 struct Operand {
     static constexpr int kSpan = kCols % 64 == 0 ? 64 : 32;  // columns
     static constexpr int kSpans = kCols / kSpan;
-    static constexpr Swizzle kSwizzle = kSpan == 64 ? Swizzle::k128 : Swizzle::k64;
+    static constexpr Swizzle kSwizzle = kSpan == 64 ? Swizzle::k128Bytes : Swizzle::k64Bytes;
     static constexpr uint32_t kRowBytes = 2 * kSpan, kBlockBytes = 8 * kRowBytes, kSpanBytes = kRows * kRowBytes;
     static constexpr uint32_t kBytes = kSpans * kSpanBytes;
     static_assert(kCols % 32 == 0 && kRows % 16 == 0 && kRows <= 256 && kBytes % 1024 == 0);
@@ -20,13 +20,12 @@ struct Operand {
     // Rows from row on (a multiple of 8) as m or n, columns 16 step .. 16 step + 15 as k.
     static FASTATTN_DEVICE uint64_t k_major(uint32_t tile, int row, int step) {
         constexpr int kSteps = kSpan / 16;
-        return matrix_descriptor(tile + row * kRowBytes + step / kSteps * kSpanBytes + step % kSteps * 32, 0,
-                                 kBlockBytes, kSwizzle);
+        return descriptor(tile + row * kRowBytes + step / kSteps * kSpanBytes + step % kSteps * 32, 0,
+                          kBlockBytes);
     }
     // Columns from col on (a multiple of the span) as m or n, rows 16 step .. 16 step + 15 as k.
     static FASTATTN_DEVICE uint64_t mn_major(uint32_t tile, int col, int step) {
-        return matrix_descriptor(tile + col / kSpan * kSpanBytes + step * 2 * kBlockBytes, kSpanBytes, kBlockBytes,
-                                 kSwizzle);
+        return descriptor(tile + col / kSpan * kSpanBytes + step * 2 * kBlockBytes, kSpanBytes, kBlockBytes);
     }
     // Where the chunk of columns 8 chunk .. 8 chunk + 7 of a row lies.
     static FASTATTN_DEVICE uint32_t address(uint32_t tile, int row, int chunk) {
@@ -39,15 +38,20 @@ struct Operand {
                                      int batch) {
 #pragma unroll
         for (int n = 0; n < kSpans; ++n) {
-            tma_load_4d(tile + n * kSpanBytes, map, barrier, n * kSpan, row, head, batch);
+            tma_load(tile + n * kSpanBytes, map, barrier, n * kSpan, row, head, batch);
         }
     }
     // The other way, for 64 rows of the tile from `first` on, of a map whose boxes have 64 rows. One thread commits.
     static FASTATTN_DEVICE void store_64(uint32_t tile, int first, const TensorMap& map, int row, int head, int batch) {
 #pragma unroll
         for (int n = 0; n < kSpans; ++n) {
-            tma_store_4d(map, tile + n * kSpanBytes + first * kRowBytes, n * kSpan, row, head, batch);
+            tma_store(map, tile + n * kSpanBytes + first * kRowBytes, n * kSpan, row, head, batch);
         }
+    }
+
+private:
+    static FASTATTN_DEVICE uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+        return kSpan == 64 ? descriptor_128(address, leading, stride) : descriptor_64(address, leading, stride);
     }
 };
 
