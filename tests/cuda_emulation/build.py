@@ -8,6 +8,8 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pybind11
 
@@ -29,6 +31,17 @@ rule link
 """
 
 
+def _setup() -> Any:
+    """setup.py as a module: it knows what is compiled, and for which element types and head dimensions."""
+    spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for its dataclasses
+    with mock.patch("setuptools.setup"):
+        spec.loader.exec_module(module)
+    return module
+
+
 def sources() -> dict[str, tuple[str, str]]:
     """Object name -> (source, flags)."""
     found = {
@@ -36,14 +49,10 @@ def sources() -> dict[str, tuple[str, str]]:
         **{f"probes-{path.stem}.o": (str(path), "") for path in sorted((HERE / "probes").glob("*.cu"))},
         **{f"emulator-{path.stem}.o": (str(path), "-O2") for path in sorted((HERE / "emulator").glob("*.cpp"))},
         "bindings.o": (f"{ROOT}/csrc/bindings.cpp", BINDINGS),
-        "attention.o": (f"{ROOT}/csrc/cuda/attention.cu", ""),
     }
-    for direction in ("forward", "backward"):
-        for dtype in ("Half", "BFloat16", "float"):
-            for head_dim in (64, 128, 256):
-                defines = f"-DFASTATTN_DTYPE={dtype} -DFASTATTN_HEAD_DIM={head_dim}"
-                source = f"{ROOT}/csrc/cuda/simt/{direction}.cu"
-                found[f"{direction}-{dtype}-{head_dim}.o"] = (source, defines)
+    for source in _setup().cuda_sources():
+        defines = " ".join(f"-D{name}={value}" for name, value in source.defines.items())
+        found[source.object] = (f"{ROOT}/{source.path}", defines)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What each probe kernel of ``probes/`` is given, and what its wrapper must make of it, bit for bit where that is defined.
+"""What each probe kernel of ``probes/`` is given, and what its wrapper must make of it, bit for bit if that is defined.
 
 The same inputs go to a GPU (``python -m tests.cuda_emulation.record``), whose results are kept in ``recordings/``.
 """
