@@ -1,4 +1,4 @@
-"""What each probe kernel of ``probes/`` is given, and what its wrapper must make of it, bit for bit where that is defined.
+"""What each probe kernel of ``probes/`` is given, and what its wrapper must make of it, bit for bit if that is defined.
 
 The same inputs go to a GPU (``python -m tests.cuda_emulation.record``), whose results are kept in ``recordings/``.
 """
@@ -149,7 +149,7 @@ def _copies() -> list[Probe]:
     found.append(Probe("shared_16", words(x), words(x.flip(0))))
     start = torch.tensor([1.0, 2.0, 3.0, 4.0])
     added = start + 128 * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 128 * torch.tensor([8.0, 0, 0, 0])
-    found.append(Probe("atomic", words(start), torch.cat([words(added), torch.tensor([128], dtype=torch.int32)])))
+    found.append(Probe("atomic", words(start), torch.cat([words(added), torch.tensor([128, 1], dtype=torch.int32)])))
     return found
 
 

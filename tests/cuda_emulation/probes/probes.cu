@@ -9,8 +9,13 @@ namespace fastattn::cuda::probes {
 
 extern const Entry kSm80[];
 extern const int kSm80Count;
+#ifdef FASTATTN_PROBES_SM80_ONLY
+constexpr const Entry* kSm90 = nullptr;
+constexpr int kSm90Count = 0;
+#else
 extern const Entry kSm90[];
 extern const int kSm90Count;
+#endif
 
 }  // namespace fastattn::cuda::probes
 
