@@ -72,7 +72,7 @@ def cpu_sources() -> list[Source]:
 
 def cuda_sources(hopper: bool = True) -> list[Source]:
     """float32 without tensor cores, 16-bit types with them; what each kernel is for stands in attention.cu."""
-    sources = [Source("csrc/cuda/attention.cu", {"FASTATTN_WITH_SM90": "1"} if hopper else {})]
+    sources = [Source("csrc/cuda/attention.cu", flags=("-DFASTATTN_WITH_SM90",) if hopper else ())]
     for direction in ("forward", "backward"):
         for dim in ("64", "128", "256"):
             sources.append(Source(f"csrc/cuda/simt/{direction}.cu", _defines("float", dim)))

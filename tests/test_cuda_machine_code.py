@@ -51,7 +51,7 @@ ROWS = (
         ("HGMMA", "UTMALDG", "USETMAXREG"),
         (*LOCAL_MEMORY, "HMMA"),
     ),
-    Row(r"cuda-sm90-.*", "90a", 255),
+    Row(r"cuda-sm90-dispatch", "90a", 0),  # host code
 )
 
 
@@ -129,7 +129,10 @@ def test_the_log_is_understood() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.pattern)
 def test_registers_and_spills(row: Row) -> None:
     for path in built(row):
-        for kernel, arch, registers, spilled in usage(log_of(path).read_text()):
+        log = log_of(path).read_text()
+        # C7508 setmaxnreg ignored, C7510 and C7512 wgmma serialised.
+        assert "(C75" not in log, f"{path.name}: {log}"
+        for kernel, arch, registers, spilled in usage(log):
             assert spilled == 0, f"{path.name}: {kernel} spills {spilled} bytes on sm_{arch}"
             assert registers <= row.max_registers, f"{path.name}: {kernel} uses {registers} registers on sm_{arch}"
 

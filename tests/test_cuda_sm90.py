@@ -1,6 +1,6 @@
 """The Hopper kernels (TMA, mbarrier, wgmma), compiled as ordinary C++ and run on the CPU. No GPU takes part.
 
-Shapes wrap the rings of two stages, end one key before, at and after a tile, and leave whole tiles without a visible key.
+Shapes wrap the rings of two stages, end one key before, at and after a tile, and leave tiles without a visible key.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,12 @@ from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
 
 
 def case(
-    name: str, dims: int | tuple[int, int], seq: tuple[int, int], heads: tuple[int, int] = (1, 1), **more: object
+    name: str, dims: int | tuple[int, int], seq: tuple[int, int], heads: tuple[int, int] = (1, 1), **more: Any
 ) -> Case:
-    qk, v = (dims, dims) if isinstance(dims, int) else dims
-    options = {"batch": 1, "layout": "bshd", **more}
-    return Case(name, heads_q=heads[0], heads_k=heads[1], seqlen_q=seq[0], seqlen_k=seq[1], head_dim_qk=qk, head_dim_v=v,
-                **options)  # type: ignore[arg-type]  # fmt: skip
+    sizes = dict(zip(("seqlen_q", "seqlen_k", "heads_q", "heads_k"), (*seq, *heads), strict=True))
+    dims = dims if isinstance(dims, tuple) else (dims, dims)
+    options = {"batch": 1, "layout": "bshd", **sizes, **more}
+    return Case(name, head_dim_qk=dims[0], head_dim_v=dims[1], **options)
 
 
 # Tiles of keys: 128 at head_dim 64 and 96; 176 at 128, 128 with a band; 112 at 192; 80 at 256.
@@ -127,8 +128,8 @@ def test_what_runs_is_said_and_can_be_chosen(
 ) -> None:
     q, k, v = (torch.randn(1, 1, 64, 64).half().requires_grad_() for _ in range(3))
 
-    def said(*tensors: torch.Tensor, **options: object) -> str:
-        fastattn.explain(*tensors, backend="cuda", **options)  # type: ignore[arg-type]
+    def said(*tensors: torch.Tensor, **options: Any) -> str:
+        fastattn.explain(*tensors, backend="cuda", **options)
         text = capsys.readouterr().out
         assert "not yet run on a GPU" in text
         return text

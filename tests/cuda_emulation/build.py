@@ -52,7 +52,7 @@ def sources() -> dict[str, tuple[str, str]]:
     }
     for source in _setup().cuda_sources():
         defines = " ".join(f"-D{name}={value}" for name, value in source.defines.items())
-        found[source.object] = (f"{ROOT}/{source.path}", defines)
+        found[source.object] = (f"{ROOT}/{source.path}", " ".join([defines, *source.flags]))
     return found
 
 

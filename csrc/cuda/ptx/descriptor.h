@@ -20,11 +20,11 @@ FASTATTN_DEVICE uint64_t descriptor_128(uint32_t address, uint32_t leading, uint
            static_cast<uint64_t>((stride & 0x3ffffu) >> 4) << 32 | uint64_t{1} << 62;
 }
 
-// The same with rows of 64 bytes in atoms of 512: chunk c of row r at chunk c ^ (r / 2 % 4), Swizzle::k64Bytes. Along K a
-// row has 32 elements; along M or N leading is from 32 columns to the next 32, strides are 512, a step of 16 in K adds
-// 1024.
+// The same with rows of 64 bytes in atoms of 512: chunk c of row r at chunk c ^ (r / 2 % 4), Swizzle::k64Bytes. Along K
+// a row has 32 elements; along M or N leading is from 32 columns to the next 32, strides are 512, a step of 16 in K
+// adds 1024.
 FASTATTN_DEVICE uint64_t descriptor_64(uint32_t address, uint32_t leading, uint32_t stride) {
-    return descriptor_128(address, leading, stride) ^ uint64_t{3} << 62;
+    return descriptor_128(address, leading, stride) ^ uint64_t { 3 } << 62;
 }
 
 }  // namespace fastattn::cuda

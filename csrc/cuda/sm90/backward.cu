@@ -11,7 +11,8 @@ namespace {
 constexpr int kRowThreads = 256;  // of the kernels that go over rows
 
 template <typename T, int kHeadDim>
-FASTATTN_KERNEL((Backward<T, kHeadDim>::kThreads), 1) dkdv_kernel(FASTATTN_CONSTANT BackwardArguments arguments) {
+FASTATTN_KERNEL((Backward<T, kHeadDim>::kThreads), 1)
+dkdv_kernel(FASTATTN_CONSTANT BackwardArguments arguments) {
     const Backward<T, kHeadDim> block(arguments);
     if (thread_index() == 0) block.initialize();
     barrier();
@@ -36,7 +37,8 @@ FASTATTN_KERNEL(kRowThreads, 1) clear_sums_kernel(FASTATTN_CONSTANT SumsArgument
 
 // One warp per query: dQ = softmax_scale times its sums.
 template <typename T, int kHeadDim>
-FASTATTN_KERNEL(kRowThreads, 1) convert_dq_kernel(FASTATTN_CONSTANT AttentionParams p, FASTATTN_CONSTANT SumsArguments a) {
+FASTATTN_KERNEL(kRowThreads, 1)
+convert_dq_kernel(FASTATTN_CONSTANT AttentionParams p, FASTATTN_CONSTANT SumsArguments a) {
     using Sums = GradientSums<kHeadDim>;
     const int64_t row = block_index() * (kRowThreads / 32) + thread_index() / 32;
     if (row >= p.batch * p.heads_q * p.seqlen_q) return;

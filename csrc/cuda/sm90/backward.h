@@ -6,8 +6,8 @@
 //     S^T = K Q^T;  dP^T = V dO^T;  P^T = exp(S^T - lse);  dS^T = P^T * (dP^T - delta)
 //     dV += P^T dO;  dK += dS^T Q;  dQ += dS K
 //
-// dS goes through shared memory for dQ, which is computed in parts of 64 x 64 (head_dim 128: one for each warpgroup, 64:
-// the warpgroups take turns) and added to float sums in the workspace, unless params.deterministic: then sm80::dq
+// dS goes through shared memory for dQ, which is computed in parts of 64 x 64 (head_dim 128: one for each warpgroup,
+// 64: the warpgroups take turns) and added to float sums in the workspace, unless params.deterministic: then sm80::dq
 // computes dQ in a pass of its own.
 #pragma once
 
@@ -28,7 +28,7 @@ namespace fastattn::cuda::sm90 {
 
 struct BackwardArguments {
     TensorMap q, k, v, grad_out, dk, dv;  // boxes: one span of all rows of a tile; of 64 rows for dk and dv
-    float* sums;  // gradient_sums.h
+    float* sums;                          // gradient_sums.h
     AttentionParams params;
 };
 
@@ -51,8 +51,8 @@ struct Backward {
     const int heads = static_cast<int>(p.heads_q / p.heads_k);
     const uint32_t k = smem_base(), v = k + Keys::kBytes, q = v + Keys::kBytes;
     const uint32_t grad_out = q + kStages * Queries::kBytes, scores = grad_out + kStages * Queries::kBytes;
-    const uint32_t sums = scores + 2 * Scores::kBytes;     // [warpgroup][64 x 64 floats]
-    const uint32_t rows = sums + 2 * Sums::kPartBytes;     // [stage][lse log2(e), delta][queries]
+    const uint32_t sums = scores + 2 * Scores::kBytes;  // [warpgroup][64 x 64 floats]
+    const uint32_t rows = sums + 2 * Sums::kPartBytes;  // [stage][lse log2(e), delta][queries]
     const uint32_t barriers = rows + kStages * 8 * kTile.queries;
     int b, hk, j0;
     TileRange tiles;  // of queries
@@ -172,7 +172,8 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kTile.keys / 16; ++step) {
-            wgmma_ss<T, 64, true, true>(dq, Scores::mn_major(ds, 0, step), Keys::mn_major(k, 64 * part, step), step > 0);
+            wgmma_ss<T, 64, true, true>(dq, Scores::mn_major(ds, 0, step), Keys::mn_major(k, 64 * part, step),
+                                        step > 0);
         }
         wgmma_commit();
     }
@@ -287,7 +288,8 @@ private:
         named_barrier_sync(kGroup + group, 128);
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-            store_shared(from + 16 * (128 * c + thread), Float4{dq[4 * c], dq[4 * c + 1], dq[4 * c + 2], dq[4 * c + 3]});
+            store_shared(from + 16 * (128 * c + thread),
+                         Float4{dq[4 * c], dq[4 * c + 1], dq[4 * c + 2], dq[4 * c + 3]});
         }
         fence_proxy_async();
         named_barrier_sync(kGroup + group, 128);

@@ -110,7 +110,8 @@ std::string backward_reason(const AttentionParams& p) {
 std::string configuration(const AttentionParams& p, bool backward) {
     if (backward) {
         const KeyTile tile = key_tile(backward_head_dim(p));
-        return words("Hopper (sm_90a: TMA, wgmma), backward, tiles of ", tile.queries, " queries x ", tile.keys, " keys");
+        return words("Hopper (sm_90a: TMA, wgmma), backward, tiles of ", tile.queries, " queries x ", tile.keys,
+                     " keys");
     }
     const ForwardTile tile = forward_tile(forward_head_dim(p), forward_variant(p));
     return words("Hopper (sm_90a: TMA, wgmma), forward, tiles of ", tile.queries, " queries x ", tile.keys, " keys, ",
@@ -123,7 +124,8 @@ int64_t backward_workspace_bytes(const AttentionParams& p) {
 
 void attention_forward(const AttentionParams& p, void* stream) {
     with_kernel<64, 96, 128, 192, 256>(p.dtype, forward_head_dim(p), [&](auto element, auto head_dim) {
-        forward<decltype(element), head_dim>(p, forward_variant(p), static_cast<int>(multiprocessors(p.device)), stream);
+        forward<decltype(element), head_dim>(p, forward_variant(p), static_cast<int>(multiprocessors(p.device)),
+                                             stream);
     });
 }
 

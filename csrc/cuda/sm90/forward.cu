@@ -35,7 +35,8 @@ void launch_variant(const AttentionParams& p, int multiprocessors, void* stream)
     using Kernel = Forward<T, kHeadDim, kVariant>;
     constexpr ForwardTile kTile = Kernel::kTile;
     const ForwardArguments arguments{
-        tensor_map<typename Kernel::Queries>(p.dtype, p.q, p.batch, p.heads_q, p.seqlen_q, p.head_dim_qk, kTile.queries),
+        tensor_map<typename Kernel::Queries>(p.dtype, p.q, p.batch, p.heads_q, p.seqlen_q, p.head_dim_qk,
+                                             kTile.queries),
         tensor_map<typename Kernel::Keys>(p.dtype, p.k, p.batch, p.heads_k, p.seqlen_k, p.head_dim_qk, kTile.keys),
         tensor_map<typename Kernel::Values>(p.dtype, p.v, p.batch, p.heads_k, p.seqlen_k, p.head_dim_v, kTile.keys),
         tensor_map<typename Kernel::Outputs>(p.dtype, p.out, p.batch, p.heads_q, p.seqlen_q, p.head_dim_v, 64),

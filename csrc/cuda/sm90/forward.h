@@ -5,8 +5,9 @@
 //     tensor cores   S1 = Q K1^T, O += P0 V0 | S2 = Q K2^T, O += P1 V1 | ...
 //     other units            softmax of S1   |         softmax of S2   | ...
 //
-// S n+1 and P n V n are in flight together; the softmax of n+1 starts when S n+1 is there and runs beside P n V n. Where
-// tile.ping_pong, warpgroups hand each other the turn to issue products, so that one's softmax runs beside another's.
+// S n+1 and P n V n are in flight together; the softmax of n+1 starts when S n+1 is there and runs beside P n V n.
+// Where tile.ping_pong, warpgroups hand each other the turn to issue products, so that one's softmax runs beside
+// another's.
 //
 // Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", 2024.
 #pragma once
@@ -141,7 +142,7 @@ private:
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
             wgmma_ss<T, kTile.keys>(s, Queries::k_major(q, 64 * group, step),
-                                   Keys::k_major(k + stage * Keys::kBytes, 0, step), step > 0);
+                                    Keys::k_major(k + stage * Keys::kBytes, 0, step), step > 0);
         }
         wgmma_commit();
     }
@@ -151,7 +152,8 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kTile.keys / 16; ++step) {
-            wgmma_rs<T, kHeadDimV, true>(out, weights[step], Values::mn_major(v + stage * Values::kBytes, 0, step), true);
+            wgmma_rs<T, kHeadDimV, true>(out, weights[step], Values::mn_major(v + stage * Values::kBytes, 0, step),
+                                         true);
         }
         wgmma_commit();
     }
@@ -225,7 +227,8 @@ private:
         pack_weights(weights, s);
     }
 
-    static FASTATTN_DEVICE void pack_weights(uint32_t (&weights)[kTile.keys / 16][4], const float (&s)[kTile.keys / 2]) {
+    static FASTATTN_DEVICE void pack_weights(uint32_t (&weights)[kTile.keys / 16][4],
+                                             const float (&s)[kTile.keys / 2]) {
 #pragma unroll
         for (int step = 0; step < kTile.keys / 16; ++step) pack_operand<T>(weights[step], s, step);
     }

@@ -19,9 +19,9 @@ inline int64_t sums_size(const AttentionParams& p, int head_dim) {
     return p.batch * p.heads_q * ((p.seqlen_q + 63) / 64) * 64 * head_dim;
 }
 
-// Sums of dQ are kept as the accumulators lie in the threads: for each tile of 64 queries head_dim / 64 parts of 64 x 64,
-// each [8 blocks of 8 columns][128 threads][2 rows, 8 apart][2 columns], so that threads write 16 bytes without bank
-// conflicts and a part is one run of bytes.
+// Sums of dQ are kept as the accumulators lie in the threads: for each tile of 64 queries head_dim / 64 parts of 64 x
+// 64, each [8 blocks of 8 columns][128 threads][2 rows, 8 apart][2 columns], so that threads write 16 bytes without
+// bank conflicts and a part is one run of bytes.
 template <int kHeadDim>
 struct GradientSums {
     static constexpr int kParts = kHeadDim / 64, kPart = 64 * 64, kPartBytes = 4 * kPart;

@@ -20,8 +20,7 @@ struct Operand {
     // Rows from row on (a multiple of 8) as m or n, columns 16 step .. 16 step + 15 as k.
     static FASTATTN_DEVICE uint64_t k_major(uint32_t tile, int row, int step) {
         constexpr int kSteps = kSpan / 16;
-        return descriptor(tile + row * kRowBytes + step / kSteps * kSpanBytes + step % kSteps * 32, 0,
-                          kBlockBytes);
+        return descriptor(tile + row * kRowBytes + step / kSteps * kSpanBytes + step % kSteps * 32, 0, kBlockBytes);
     }
     // Columns from col on (a multiple of the span) as m or n, rows 16 step .. 16 step + 15 as k.
     static FASTATTN_DEVICE uint64_t mn_major(uint32_t tile, int col, int step) {
@@ -33,7 +32,8 @@ struct Operand {
         const uint32_t linear = tile + chunk / kChunks * kSpanBytes + row * kRowBytes + chunk % kChunks * 16;
         return linear ^ (linear >> 3 & (kSpan == 64 ? 0x70 : 0x30));
     }
-    // Starts copying rows row .. row + kRows - 1 of a head to the tile. One thread, which has told the barrier of kBytes.
+    // Starts copying rows row .. row + kRows - 1 of a head to the tile. One thread, which has told the barrier of
+    // kBytes.
     static FASTATTN_DEVICE void load(uint32_t tile, const TensorMap& map, uint32_t barrier, int row, int head,
                                      int batch) {
 #pragma unroll
@@ -66,8 +66,8 @@ FASTATTN_DEVICE void pack_operand(uint32_t (&a)[4], const float (&d)[kCount], in
     for (int r = 0; r < 4; ++r) a[r] = pack<T>(d[8 * step + 2 * r], d[8 * step + 2 * r + 1]);
 }
 
-// A place in a ring of kStages buffers and the parity of its present round. A buffer's `full` barrier is waited for with
-// this parity, its `empty` barrier with the opposite one, which at first counts as passed.
+// A place in a ring of kStages buffers and the parity of its present round. A buffer's `full` barrier is waited for
+// with this parity, its `empty` barrier with the opposite one, which at first counts as passed.
 template <int kStages>
 struct RingPlace {
     int stage = 0;

@@ -9,7 +9,8 @@ namespace fastattn::cuda::sm90 {
 
 struct ForwardTile {
     int queries, keys, stages;
-    bool ping_pong;   // warpgroups take turns on the tensor cores, so that the softmax of one runs beside another's products
+    bool ping_pong;   // warpgroups take turns on the tensor cores, so that the softmax of one runs beside another's
+                      // products
     bool persistent;  // as many blocks as multiprocessors, each with its share of the tiles; else one block a tile
 
     constexpr int consumers() const { return queries / 64; }

@@ -24,8 +24,8 @@ struct Work {
             return false;
         }
         if (index >= tiles_q * heads) return false;
-        const WorkItem item = work_item(index, tiles_q, heads,
-                                        p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_k / p.heads_q);
+        const WorkItem item =
+            work_item(index, tiles_q, heads, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_k / p.heads_q);
         b = static_cast<int>(item.head / p.heads_q), h = static_cast<int>(item.head % p.heads_q);
         hk = h / static_cast<int>(p.heads_q / p.heads_k);
         i0 = static_cast<int>(tiles_q - 1 - item.tile) * kQueries;  // the last sees the most keys
