@@ -47,6 +47,7 @@ class Source:
     path: str
     defines: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    hopper: bool = False  #: for sm_90a alone
 
     @property
     def object(self) -> str:
@@ -71,9 +72,9 @@ def cpu_sources() -> list[Source]:
     ]
 
 
-def cuda_sources() -> list[Source]:
+def cuda_sources(hopper: bool = True) -> list[Source]:
     """float32 without tensor cores, 16-bit types with them; what each kernel is for stands in attention.cu."""
-    sources = [Source("csrc/cuda/attention.cu")]
+    sources = [Source("csrc/cuda/attention.cu", flags=("-DFASTATTN_WITH_SM90",) if hopper else ())]
     for direction in ("forward", "backward"):
         for dim in ("64", "128", "256"):
             sources.append(Source(f"csrc/cuda/simt/{direction}.cu", _defines("float", dim)))
@@ -89,6 +90,15 @@ def cuda_sources() -> list[Source]:
                 sources.append(Source(f"csrc/cuda/sm80/{kernel}.cu", _defines(dtype, dim, "true")))
     for dtype in ("Half", "BFloat16", "float"):
         sources.append(Source("csrc/cuda/simt/dbias.cu", _defines(dtype)))
+    return sources + (hopper_sources() if hopper else [])
+
+
+def hopper_sources() -> list[Source]:
+    sources = [Source("csrc/cuda/sm90/dispatch.cu", hopper=True)]
+    for direction, dims in (("forward", (64, 96, 128, 192, 256)), ("backward", (64, 128))):
+        for dtype in ("Half", "BFloat16"):
+            for dim in dims:
+                sources.append(Source(f"csrc/cuda/sm90/{direction}.cu", _defines(dtype, str(dim)), hopper=True))
     return sources
 
 
@@ -119,8 +129,14 @@ class Nvcc:
     library_dirs: tuple[str, ...]
     archs: tuple[str, ...]
 
-    def arch_flags(self) -> list[str]:
+    @property
+    def has_hopper(self) -> bool:
+        return any(a in ("90", "90a") for a in self.archs)
+
+    def arch_flags(self, hopper: bool) -> list[str]:
         """Machine code for every architecture, and PTX of the lowest: that runs on all newer ones too."""
+        if hopper:  # wgmma and setmaxnreg are in sm_90a only, which runs on nothing else
+            return ["-gencode=arch=compute_90a,code=sm_90a"]
         flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
         lowest = min(self.archs, key=lambda a: int(re.sub(r"\D", "", a)))
         return [*flags, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
@@ -231,8 +247,7 @@ def ninja_file(cxx: list[str], nvcc: Nvcc | None, output: str) -> str:
     # and that must not be one compiled for AVX-512.
     sources = [Source("csrc/bindings.cpp"), *cpu_sources()]
     if nvcc:
-        sources += cuda_sources()
-        device += nvcc.arch_flags()
+        sources += cuda_sources(nvcc.has_hopper)
         bindings += ["-DFASTATTN_WITH_CUDA", f'-DFASTATTN_CUDA_ARCHS=\\"{",".join(nvcc.archs)}\\"']
         link += [*(f"-L{d}" for d in nvcc.library_dirs), "-lcudart_static", "-ldl", "-lrt"]
     lines = [
@@ -243,7 +258,7 @@ def ninja_file(cxx: list[str], nvcc: Nvcc | None, output: str) -> str:
     ]
     for source in sources:
         defines = [f"-D{name}={value}" for name, value in source.defines.items()]
-        common = device if source.is_cuda else host
+        common = [*device, *nvcc.arch_flags(source.hopper)] if nvcc and source.is_cuda else host
         extra = bindings if source.path == "csrc/bindings.cpp" else []
         lines += [
             f"build {source.object}: {'nvcc' if source.is_cuda else 'cxx'} {ROOT / source.path}",

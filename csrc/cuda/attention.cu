@@ -2,12 +2,17 @@
 #include "cuda/attention.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 #include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/simt/kernels.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm80/tiles.h"
+#ifdef FASTATTN_WITH_SM90
+#include "cuda/sm90/dispatch.h"
+#endif
 
 namespace fastattn::cuda {
 namespace {
@@ -128,10 +133,37 @@ void backward_on_tensor_cores(const AttentionParams& p, void* stream) {
     });
 }
 
+// The order of kernels on a device of compute capability 9.0: sm90, then sm80. Neither has run on a GPU; both pass the
+// same emulated cases. What speaks for this order is what the instructions of each have reached elsewhere: on an H100,
+// FlashAttention-2 (mma.sync, as in sm80/) 370 TFLOP/s, FlashAttention-3 (wgmma, as in sm90/) 648 (its paper, fp16,
+// head_dim 128, 16k). FASTATTN_CUDA_KERNELS=sm80 leaves the Hopper kernels out.
+bool use_sm90([[maybe_unused]] const AttentionParams& p) {
+#ifdef FASTATTN_WITH_SM90
+    const char* kernels = std::getenv("FASTATTN_CUDA_KERNELS");
+    if (kernels && std::string(kernels).find("sm90") == std::string::npos) return false;
+    return use_tensor_cores(p) && compute_capability(p.device) == 90;
+#else
+    return false;
+#endif
+}
+
+#ifdef FASTATTN_WITH_SM90
+std::string sm90_reason(const AttentionParams& p, bool backward) {
+    return backward ? sm90::backward_reason(p) : sm90::forward_reason(p);
+}
+#endif
+
 }  // namespace
 
 std::string configuration(const AttentionParams& p, bool backward) {
     std::ostringstream text;
+#ifdef FASTATTN_WITH_SM90
+    if (use_sm90(p)) {
+        const std::string reason = sm90_reason(p, backward);
+        if (reason.empty()) return sm90::configuration(p, backward);
+        text << "not the Hopper " << (backward ? "backward" : "forward") << " (" << reason << ") but ";
+    }
+#endif
     const int dim = static_cast<int>(head_dim(p));
     if (!use_tensor_cores(p)) {
         text << "general SIMT kernel (no tensor cores), tiles of 64 queries x 64 keys";
@@ -158,12 +190,19 @@ size_t forward_workspace_bytes(const AttentionParams& p) {
 size_t backward_workspace_bytes(const AttentionParams& p) {
     int64_t floats = 1;  // of each query: delta,
     if (use_tensor_cores(p)) floats += 1 + (p.deterministic ? 0 : p.head_dim_qk);  // lse, the sums of dQ
-    return sizeof(float) * static_cast<size_t>(p.batch * p.heads_q * p.seqlen_q * floats);
+    auto bytes = static_cast<int64_t>(sizeof(float)) * p.batch * p.heads_q * p.seqlen_q * floats;
+#ifdef FASTATTN_WITH_SM90
+    if (sm90::backward_reason(p).empty()) bytes = std::max(bytes, sm90::backward_workspace_bytes(p));
+#endif
+    return static_cast<size_t>(bytes);
 }
 
 void attention_forward(const AttentionParams& p, void* stream) {
     check_params(p);
     const DeviceGuard guard(p.device);
+#ifdef FASTATTN_WITH_SM90
+    if (use_sm90(p) && sm90_reason(p, false).empty()) return sm90::attention_forward(p, stream);
+#endif
     if (use_tensor_cores(p)) return forward_on_tensor_cores(p, stream);
     with_bucket<64, 128, 256>(p.head_dim_v, [&](auto bucket) { simt::forward<float, bucket>(p, stream); });
 }
@@ -172,6 +211,9 @@ void attention_backward(const AttentionParams& p, void* stream) {
     check_params(p);
     check(p.workspace != nullptr, "the backward needs ", backward_workspace_bytes(p), " bytes of workspace");
     const DeviceGuard guard(p.device);
+#ifdef FASTATTN_WITH_SM90
+    if (use_sm90(p) && sm90_reason(p, true).empty()) return sm90::attention_backward(p, stream);
+#endif
     if (use_tensor_cores(p)) {
         backward_on_tensor_cores(p, stream);
     } else {

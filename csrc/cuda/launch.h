@@ -39,6 +39,16 @@ inline int64_t multiprocessors(int64_t device) {
     return count;
 }
 
+// 90 for 9.0.
+inline int64_t compute_capability(int64_t device) {
+    int major = 0, minor = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, static_cast<int>(device)),
+               "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, static_cast<int>(device)),
+               "cudaDeviceGetAttribute");
+    return 10 * major + minor;
+}
+
 struct Grid {
     int64_t x, y = 1, z = 1;
 };

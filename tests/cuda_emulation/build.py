@@ -46,12 +46,13 @@ def sources() -> dict[str, tuple[str, str]]:
     """Object name -> (source, flags)."""
     found = {
         "module.o": (f"{HERE}/module.cpp", ""),
+        **{f"probes-{path.stem}.o": (str(path), "") for path in sorted((HERE / "probes").glob("*.cu"))},
         **{f"emulator-{path.stem}.o": (str(path), "-O2") for path in sorted((HERE / "emulator").glob("*.cpp"))},
         "bindings.o": (f"{ROOT}/csrc/bindings.cpp", BINDINGS),
     }
     for source in _setup().cuda_sources():
         defines = " ".join(f"-D{name}={value}" for name, value in source.defines.items())
-        found[source.object] = (f"{ROOT}/{source.path}", defines)
+        found[source.object] = (f"{ROOT}/{source.path}", " ".join([defines, *source.flags]))
     return found
 
 

@@ -1,0 +1,348 @@
+// Backward for Hopper over tiles of keys: one warpgroup copies tiles by TMA, two multiply them with wgmma.
+//
+// A block owns dK and dV of 128 keys, a computing warpgroup those of 64, and runs over the queries of all heads of the
+// group. Scores are computed transposed, so that P^T and dS^T leave one product as the operand A of the next:
+//
+//     S^T = K Q^T;  dP^T = V dO^T;  P^T = exp(S^T - lse);  dS^T = P^T * (dP^T - delta)
+//     dV += P^T dO;  dK += dS^T Q;  dQ += dS K
+//
+// dS goes through shared memory for dQ, which is computed in parts of 64 x 64 (head_dim 128: one for each warpgroup,
+// 64: the warpgroups take turns) and added to float sums in the workspace, unless params.deterministic: then sm80::dq
+// computes dQ in a pass of its own.
+#pragma once
+
+#include "cuda/band.h"
+#include "cuda/ptx/arithmetic.h"
+#include "cuda/ptx/barrier.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/setmaxnreg.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/scheduler.h"
+#include "cuda/sm90/contain.h"
+#include "cuda/sm90/gradient_sums.h"
+#include "cuda/sm90/operand.h"
+#include "cuda/sm90/tiles.h"
+
+namespace fastattn::cuda::sm90 {
+
+struct BackwardArguments {
+    TensorMap q, k, v, grad_out, dk, dv;  // boxes: one span of all rows of a tile; of 64 rows for dk and dv
+    float* sums;                          // gradient_sums.h
+    AttentionParams params;
+};
+
+template <typename T, int kHeadDim>
+struct Backward {
+    static constexpr KeyTile kTile = key_tile(kHeadDim);
+    static constexpr int kThreads = 384, kStages = 2, kSharedBytes = kTile.shared_bytes(kHeadDim);
+    using Queries = Operand<kTile.queries, kHeadDim>;  // and rows of dO
+    using Keys = Operand<kTile.keys, kHeadDim>;        // and rows of V
+    using Scores = Operand<kTile.keys, kTile.queries>;
+    using Sums = GradientSums<kHeadDim>;
+    static constexpr int kCount = kTile.queries / 2;  // accumulators of S^T
+    static_assert(kTile.keys == 128 && kTile.queries == 64 && (kHeadDim == 64 || kHeadDim == 128));
+
+    static constexpr int kScoresReady = 1, kGroup = 2;  // named barriers: of both warpgroups, and one for each
+
+    const BackwardArguments& arguments;
+    const AttentionParams& p = arguments.params;
+    const Band band = Band::of(p);
+    const int heads = static_cast<int>(p.heads_q / p.heads_k);
+    const uint32_t k = smem_base(), v = k + Keys::kBytes, q = v + Keys::kBytes;
+    const uint32_t grad_out = q + kStages * Queries::kBytes, scores = grad_out + kStages * Queries::kBytes;
+    const uint32_t sums = scores + 2 * Scores::kBytes;  // [warpgroup][64 x 64 floats]
+    const uint32_t rows = sums + 2 * Sums::kPartBytes;  // [stage][lse log2(e), delta][queries]
+    const uint32_t barriers = rows + kStages * 8 * kTile.queries;
+    int b, hk, j0;
+    TileRange tiles;  // of queries
+
+    FASTATTN_DEVICE explicit Backward(const BackwardArguments& arguments) : arguments(arguments) {
+        const WorkItem item = work_item(block_index(), (p.seqlen_k + kTile.keys - 1) / kTile.keys, p.batch * p.heads_k,
+                                        p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2 * heads);
+        b = static_cast<int>(item.head / p.heads_k), hk = static_cast<int>(item.head % p.heads_k);
+        j0 = item.tile * kTile.keys;  // the first is seen by the most queries
+        tiles = band.query_tiles(j0, j0 + kTile.keys - 1, kTile.queries);
+    }
+
+    FASTATTN_DEVICE uint32_t kv_full() const { return barriers; }
+    FASTATTN_DEVICE uint32_t q_full(int stage) const { return barriers + 8 + 8 * stage; }
+    FASTATTN_DEVICE uint32_t q_empty(int stage) const { return q_full(stage) + 8 * kStages; }
+    FASTATTN_DEVICE uint32_t grad_full(int stage) const { return q_full(stage) + 16 * kStages; }
+    FASTATTN_DEVICE uint32_t grad_empty(int stage) const { return q_full(stage) + 24 * kStages; }
+    FASTATTN_DEVICE uint32_t row_address(int stage) const { return rows + stage * 8 * kTile.queries; }
+
+    FASTATTN_DEVICE void initialize() const {
+        mbarrier_init(kv_full(), 1);
+#pragma unroll
+        for (int stage = 0; stage < kStages; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(grad_full(stage), 1);
+            mbarrier_init(q_empty(stage), 8);  // one arrival per warp
+            mbarrier_init(grad_empty(stage), 8);
+        }
+        fence_mbarrier_init();
+    }
+
+    // One warp: all loads.
+    FASTATTN_DEVICE void produce() const {
+        if (tiles.count() == 0) return;
+        if (lane_index() == 0) {
+            mbarrier_arrive_expect_tx(kv_full(), 2 * Keys::kBytes);
+            Keys::load(k, arguments.k, kv_full(), j0, hk, b);
+            Keys::load(v, arguments.v, kv_full(), j0, hk, b);
+        }
+        RingPlace<kStages> place;
+        for (int head = 0; head < heads; ++head) {
+            const int h = hk * heads + head;
+            for (int n = 0; n < tiles.count(); ++n, place.advance()) {
+                const int i0 = tiles.at(n) * kTile.queries;
+                mbarrier_wait(q_empty(place.stage), place.parity ^ 1);
+                load_rows(place.stage, h, i0);
+                warp_barrier();
+                if (lane_index() != 0) continue;
+                mbarrier_arrive_expect_tx(q_full(place.stage), Queries::kBytes);
+                Queries::load(q + place.stage * Queries::kBytes, arguments.q, q_full(place.stage), i0, h, b);
+                mbarrier_wait(grad_empty(place.stage), place.parity ^ 1);
+                mbarrier_arrive_expect_tx(grad_full(place.stage), Queries::kBytes);
+                Queries::load(grad_out + place.stage * Queries::kBytes, arguments.grad_out, grad_full(place.stage), i0,
+                              h, b);
+            }
+        }
+    }
+
+    FASTATTN_DEVICE void consume() const {
+        const int group = thread_index() / 128 - 1;
+        float dk[kHeadDim / 2], dv[kHeadDim / 2];
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 2; ++n) dk[n] = dv[n] = 0.f;
+        if (tiles.count() > 0) {
+            mbarrier_wait(kv_full(), 0);
+            RingPlace<kStages> place;
+            for (int head = 0; head < heads; ++head) {
+                const int h = hk * heads + head;
+                int n = 0;
+                for (; n < tiles.masked(); ++n) step<true>(group, h, n, dk, dv, place);
+                for (; n < tiles.count(); ++n) step<false>(group, h, n, dk, dv, place);
+            }
+        }
+        finish(group, dk, dv);
+    }
+
+private:
+    // lse and delta of a tile of queries; those that do not exist have P = 0.
+    FASTATTN_DEVICE void load_rows(int stage, int h, int i0) const {
+        const int64_t first = (static_cast<int64_t>(b) * p.heads_q + h) * p.seqlen_q;
+#pragma unroll 1
+        for (int row = lane_index(); row < kTile.queries; row += 32) {
+            const int i = i0 + row;
+            const bool exists = i < band.seqlen_q;
+            const float lse = exists ? load_global(lse_rows(p) + first + i) : INFINITY;
+            const float delta = exists ? load_global(delta_rows(p) + first + i) : 0.f;
+            store_shared(row_address(stage) + 4 * row, lse * kLog2E);
+            store_shared(row_address(stage) + 4 * (kTile.queries + row), delta);
+        }
+    }
+
+    static FASTATTN_DEVICE void release(uint32_t empty) {
+        if (lane_index() == 0) mbarrier_arrive(empty);
+    }
+
+    // Starts d = rows 64 group .. of a, times the transpose of b.
+    static FASTATTN_DEVICE void multiply_rows(float (&d)[kCount], uint32_t a, uint32_t b, int group) {
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kHeadDim / 16; ++step) {
+            wgmma_ss<T, kTile.queries>(d, Keys::k_major(a, 64 * group, step), Queries::k_major(b, 0, step), step > 0);
+        }
+        wgmma_commit();
+    }
+    // Starts d += a b.
+    static FASTATTN_DEVICE void multiply_columns(float (&d)[kHeadDim / 2], const uint32_t (&a)[kTile.queries / 16][4],
+                                                 uint32_t b) {
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kTile.queries / 16; ++step) {
+            wgmma_rs<T, kHeadDim, true>(d, a[step], Queries::mn_major(b, 0, step), true);
+        }
+        wgmma_commit();
+    }
+    // Starts 64 columns of dS K.
+    FASTATTN_DEVICE void multiply_scores(float (&dq)[32], uint32_t ds, int part) const {
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kTile.keys / 16; ++step) {
+            wgmma_ss<T, 64, true, true>(dq, Scores::mn_major(ds, 0, step), Keys::mn_major(k, 64 * part, step),
+                                        step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // A bit for each of a lane's 16 columns 8 c + e, set where that is less than end.
+    static FASTATTN_DEVICE uint32_t entries_before(int end) {
+        const int count = end <= 0 ? 0 : min32(end / 8 * 2 + min32(end % 8, 2), 16);
+        return (1u << count) - 1;
+    }
+
+    template <bool kMasked>
+    FASTATTN_DEVICE void step(int group, int h, int n, float (&dk)[kHeadDim / 2], float (&dv)[kHeadDim / 2],
+                              RingPlace<kStages>& place) const {
+        const int tile = tiles.at(n), stage = place.stage;
+        const uint32_t q_tile = q + stage * Queries::kBytes, grad_tile = grad_out + stage * Queries::kBytes;
+        const uint32_t ds = scores + stage * Scores::kBytes;  // the other one may still be read for dQ
+        float s[kCount], dp[kCount];
+        uint32_t a[kTile.queries / 16][4], da[kTile.queries / 16][4];
+
+        mbarrier_wait(q_full(stage), place.parity);
+        multiply_rows(s, k, q_tile, group);
+        mbarrier_wait(grad_full(stage), place.parity);
+        multiply_rows(dp, v, grad_tile, group);
+
+        const int column = fragment_col();
+        uint32_t visible = 0;  // bit 16 half + 2 c + e: query 8 c + e from here
+        if (kMasked) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int j = j0 + 64 * group + fragment_row() + 8 * half, i0 = tile * kTile.queries + column;
+                visible |= (entries_before(band.queries_end(j) - i0) & ~entries_before(band.queries_begin(j) - i0))
+                           << 16 * half;
+            }
+        }
+        const float unit = static_cast<float>(p.softmax_scale) * kLog2E;
+
+        wgmma_wait<1>(s);
+#pragma unroll
+        for (int c = 0; c < kTile.queries / 8; ++c) {
+            const Float2 lse = load_shared<Float2>(row_address(stage) + 4 * (8 * c + column));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float& x = s[4 * c + 2 * half];
+                float& y = s[4 * c + 2 * half + 1];
+                x = exp2_approx(fmaf(x, unit, -lse.x));
+                y = exp2_approx(fmaf(y, unit, -lse.y));
+                if (kMasked && !(visible >> (16 * half + 2 * c) & 1)) x = 0.f;
+                if (kMasked && !(visible >> (16 * half + 2 * c + 1) & 1)) y = 0.f;
+            }
+        }
+        // From here on only the rounded P: S, dP, dK and dV leave no registers for both.
+#pragma unroll
+        for (int step = 0; step < kTile.queries / 16; ++step) pack_operand<T>(a[step], s, step);
+
+        wgmma_wait<0>(dp);
+#pragma unroll
+        for (int c = 0; c < kTile.queries / 8; ++c) {
+            const Float2 delta = load_shared<Float2>(row_address(stage) + 4 * (kTile.queries + 8 * c + column));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const Float2 weight = unpack<T>(a[c / 2][c % 2 * 2 + half]);
+                float& x = dp[4 * c + 2 * half];
+                float& y = dp[4 * c + 2 * half + 1];
+                x = weight.x * (x - delta.x);  // invisible: 0, or NaN, which redo() contains
+                y = weight.y * (y - delta.y);
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < kTile.queries / 16; ++step) pack_operand<T>(da[step], dp, step);
+        multiply_columns(dv, a, grad_tile);
+
+        if (p.deterministic) {
+            multiply_columns(dk, da, q_tile);
+            wgmma_wait<1>(dv);
+            release(grad_empty(stage));
+        } else {
+#pragma unroll
+            for (int c = 0; c < kTile.queries / 8; ++c) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t address = Scores::address(ds, 64 * group + fragment_row() + 8 * half, c);
+                    store_shared(address + 2 * column, da[c / 2][c % 2 * 2 + half]);
+                }
+            }
+            fence_proxy_async();
+            named_barrier_sync(kScoresReady, 256);
+            if (kHeadDim == 128 || group == stage) {
+                const int part = kHeadDim == 128 ? group : 0;
+                float dq[32];
+                multiply_scores(dq, ds, part);
+                multiply_columns(dk, da, q_tile);
+                wgmma_wait<1>(dv);
+                wgmma_wait<1>(dq);
+                release(grad_empty(stage));
+                add_dq(dq, group, Sums::part(arguments.sums, p, b, h, tile, part));
+            } else {
+                multiply_columns(dk, da, q_tile);
+                wgmma_wait<1>(dv);
+                release(grad_empty(stage));
+            }
+        }
+        wgmma_wait<0>(dk);
+        release(q_empty(stage));
+        place.advance();
+    }
+
+    // Hands 64 x 64 entries of dQ to the unit that adds them to global memory.
+    FASTATTN_DEVICE void add_dq(const float (&dq)[32], int group, float* to) const {
+        const uint32_t from = sums + group * Sums::kPartBytes;
+        const int thread = thread_index() % 128;
+        if (thread == 0) bulk_wait_read<0>();
+        named_barrier_sync(kGroup + group, 128);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            store_shared(from + 16 * (128 * c + thread),
+                         Float4{dq[4 * c], dq[4 * c + 1], dq[4 * c + 2], dq[4 * c + 3]});
+        }
+        fence_proxy_async();
+        named_barrier_sync(kGroup + group, 128);
+        if (thread == 0) {
+            bulk_reduce_add(to, from, Sums::kPartBytes);
+            bulk_commit();
+        }
+    }
+
+    // Writes dK and dV through the tiles of K and V, which nothing reads any more.
+    FASTATTN_DEVICE void finish(int group, const float (&dk)[kHeadDim / 2], const float (&dv)[kHeadDim / 2]) const {
+        const float scale = static_cast<float>(p.softmax_scale);
+        named_barrier_sync(kScoresReady, 256);
+        bool broken = false;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = 64 * group + fragment_row() + 8 * half;
+            float check = 0.f;  // 0 * x is 0 for every finite x, NaN for all others
+#pragma unroll
+            for (int n = 0; n < kHeadDim / 8; ++n) {
+                const float k0 = dk[4 * n + 2 * half], k1 = dk[4 * n + 2 * half + 1];
+                const float v0 = dv[4 * n + 2 * half], v1 = dv[4 * n + 2 * half + 1];
+                check = fmaf(0.f, k0, fmaf(0.f, k1, fmaf(0.f, v0, fmaf(0.f, v1, check))));
+                store_shared(Keys::address(k, row, n) + 2 * fragment_col(), pack<T>(scale * k0, scale * k1));
+                store_shared(Keys::address(v, row, n) + 2 * fragment_col(), pack<T>(v0, v1));
+            }
+            broken = broken || (check != 0.f && j0 + row < band.seqlen_k);
+        }
+        if (tiles.masked() > 0 && any_lane(broken)) redo(group);
+        fence_proxy_async();
+        named_barrier_sync(kGroup + group, 128);
+        if (thread_index() % 128 == 0) {
+            Keys::store_64(k, 64 * group, arguments.dk, j0 + 64 * group, hk, b);
+            Keys::store_64(v, 64 * group, arguments.dv, j0 + 64 * group, hk, b);
+            bulk_commit();
+            bulk_wait<0>();
+        }
+    }
+
+    // The 16 keys of a warp, for the NaN of queries that do not see them.
+    FASTATTN_DEVICE void redo(int group) const {
+        warp_barrier();
+#pragma unroll 1
+        for (int r = 0; r < 16; ++r) {
+            const int row = 64 * group + thread_index() % 128 / 32 * 16 + r, j = j0 + row;
+            if (j >= band.seqlen_k) break;
+            RowSum<kHeadDim> dk, dv;
+#pragma unroll 1
+            for (int h = hk * heads; h < (hk + 1) * heads; ++h) redo_key<T>(p, band, b, h, hk, j, dk, dv);
+            dk.template write<T, kTile.keys>(k, row, static_cast<float>(p.softmax_scale));
+            dv.template write<T, kTile.keys>(v, row, 1.f);
+        }
+    }
+};
+
+}  // namespace fastattn::cuda::sm90

@@ -1,0 +1,136 @@
+// Rows that became NaN or infinite, once more without tensor cores.
+//
+// wgmma forms 0 * x also for entries that the band makes invisible; where such an x is NaN or infinite, so is the sum.
+// Here only visible entries are visited. It is slow, and for inputs that are broken somewhere.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/band.h"
+#include "cuda/ptx/arithmetic.h"
+#include "cuda/ptx/convert.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/shuffle.h"
+#include "cuda/sm90/operand.h"
+
+namespace fastattn::cuda::sm90 {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+template <typename T>
+FASTATTN_DEVICE const T* row_of(const Tensor4& x, int b, int h, int row) {
+    return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + row * x.stride[2];
+}
+
+template <typename T>
+FASTATTN_DEVICE float dot(const T* x, const T* y, int64_t size) {
+    float sum = 0.f;
+#pragma unroll 1
+    for (int64_t d = 0; d < size; ++d) sum = fmaf(to_float(load_global(&x[d])), to_float(load_global(&y[d])), sum);
+    return sum;
+}
+
+// A row of kCols floats in the lanes of a warp: each has pairs of neighbouring columns, 64 apart.
+template <int kCols>
+struct RowSum {
+    static constexpr int kPairs = (kCols + 63) / 64;
+    float sum[kPairs][2] = {};
+
+    static FASTATTN_DEVICE int column(int pair) { return 64 * pair + 2 * lane_index(); }
+
+    template <typename T>
+    FASTATTN_DEVICE void add(float weight, const T* row, int64_t cols) {
+#pragma unroll
+        for (int e = 0; e < 2 * kPairs; ++e) {
+            const int col = column(e / 2) + e % 2;
+            if (col < cols) sum[e / 2][e % 2] = fmaf(weight, to_float(load_global(&row[col])), sum[e / 2][e % 2]);
+        }
+    }
+    // Into a row of a tile.
+    template <typename T, int kRows>
+    FASTATTN_DEVICE void write(uint32_t tile, int row, float scale) const {
+#pragma unroll
+        for (int n = 0; n < kPairs; ++n) {
+            const int col = column(n);
+            if (col >= kCols) continue;
+            store_shared(Operand<kRows, kCols>::address(tile, row, col / 8) + col % 8 * 2,
+                         pack<T>(scale * sum[n][0], scale * sum[n][1]));
+        }
+    }
+};
+
+// The output of query i, by one warp: sum over visible keys of normalizer 2^(unit (q k - max)) v.
+template <typename T, int kCols>
+FASTATTN_DEVICE void redo_query(const AttentionParams& p, const Band& band, int b, int h, int hk, int i, float unit,
+                                float max, float normalizer, RowSum<kCols>& out) {
+    const int end = band.keys_end(i);
+#pragma unroll 1
+    for (int j0 = band.keys_begin(i); j0 < end; j0 += 32) {
+        const int j = j0 + lane_index();
+        float weight = 0.f;
+        if (j < end) {
+            const float score = dot(row_of<T>(p.q, b, h, i), row_of<T>(p.k, b, hk, j), p.head_dim_qk);
+            weight = exp2_approx((score - max) * unit) * normalizer;
+        }
+#pragma unroll 1
+        for (int n = 0; n < min32(end - j0, 32); ++n) {
+            out.add(shuffle(weight, n), row_of<T>(p.v, b, hk, j0 + n), p.head_dim_v);
+        }
+    }
+}
+
+// delta and lse of each query, (batch, heads_q, seqlen_q) each; lse is +inf for a query that sees nothing.
+FASTATTN_DEVICE const float* delta_rows(const AttentionParams& p) { return static_cast<const float*>(p.workspace); }
+FASTATTN_DEVICE const float* lse_rows(const AttentionParams& p) {
+    return delta_rows(p) + p.batch * p.heads_q * p.seqlen_q;
+}
+
+// P and dS of one entry; lse and delta as sm80::prepare leaves them.
+template <typename T>
+struct EntryOf {
+    float weight = 0.f, gradient = 0.f;
+
+    FASTATTN_DEVICE EntryOf(const AttentionParams& p, int b, int h, int hk, int i, int j, bool visible) {
+        if (!visible) return;
+        const int64_t row = (static_cast<int64_t>(b) * p.heads_q + h) * p.seqlen_q + i;
+        const float lse = load_global(lse_rows(p) + row);
+        const float score = dot(row_of<T>(p.q, b, h, i), row_of<T>(p.k, b, hk, j), p.head_dim_qk);
+        const float dp = dot(row_of<T>(p.grad_out, b, h, i), row_of<T>(p.v, b, hk, j), p.head_dim_v);
+        weight = exp2_approx(fmaf(score, static_cast<float>(p.softmax_scale), -lse) * kLog2E);
+        gradient = weight * (dp - load_global(delta_rows(p) + row));
+    }
+};
+
+// Key j's sums over the visible queries of head h, by one warp: dv += P dO, dk += dS Q.
+template <typename T, int kCols>
+FASTATTN_DEVICE void redo_key(const AttentionParams& p, const Band& band, int b, int h, int hk, int j,
+                              RowSum<kCols>& dk, RowSum<kCols>& dv) {
+    const int end = band.queries_end(j);
+#pragma unroll 1
+    for (int i0 = band.queries_begin(j); i0 < end; i0 += 32) {
+        const EntryOf<T> entry(p, b, h, hk, i0 + lane_index(), j, i0 + lane_index() < end);
+#pragma unroll 1
+        for (int n = 0; n < min32(end - i0, 32); ++n) {
+            dv.add(shuffle(entry.weight, n), row_of<T>(p.grad_out, b, h, i0 + n), p.head_dim_v);
+            dk.add(shuffle(entry.gradient, n), row_of<T>(p.q, b, h, i0 + n), p.head_dim_qk);
+        }
+    }
+}
+
+// Query i's sum over the visible keys, by one warp: dq += dS K.
+template <typename T, int kCols>
+FASTATTN_DEVICE void redo_query_gradient(const AttentionParams& p, const Band& band, int b, int h, int hk, int i,
+                                         RowSum<kCols>& dq) {
+    const int end = band.keys_end(i);
+#pragma unroll 1
+    for (int j0 = band.keys_begin(i); j0 < end; j0 += 32) {
+        const EntryOf<T> entry(p, b, h, hk, i, j0 + lane_index(), j0 + lane_index() < end);
+#pragma unroll 1
+        for (int n = 0; n < min32(end - j0, 32); ++n) {
+            dq.add(shuffle(entry.gradient, n), row_of<T>(p.k, b, hk, j0 + n), p.head_dim_qk);
+        }
+    }
+}
+
+}  // namespace fastattn::cuda::sm90

@@ -1,0 +1,149 @@
+// Which calls the Hopper kernels take, and how.
+#include "cuda/sm90/dispatch.h"
+
+#include <algorithm>
+#include <sstream>
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "cuda/sm80/kernels.h"
+#include "cuda/sm90/gradient_sums.h"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/tiles.h"
+
+namespace fastattn::cuda::sm90 {
+namespace {
+
+constexpr int64_t kFewQueries = 16, kMaxBackwardHeadDim = 128;
+
+template <typename... Parts>
+std::string words(const Parts&... parts) {
+    std::ostringstream text;
+    (text << ... << parts);
+    return text.str();
+}
+
+// What the tensor memory accelerator asks of a (batch, heads, seq, head_dim) tensor.
+std::string layout_reason(const char* name, const Tensor4& x, int64_t batch, int64_t heads, int64_t seq) {
+    if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return words(name, ": begins at no multiple of 16 bytes");
+    if (x.stride[3] != 1) return words(name, ": stride ", x.stride[3], " of the last dimension, must be 1");
+    const int64_t size[] = {batch, heads, seq};
+    for (int d = 0; d < 3; ++d) {
+        const int64_t stride = x.stride[d];
+        if (size[d] > 1 && (stride <= 0 || stride % 8 != 0 || stride >= int64_t{1} << 39)) {
+            return words(name, ": stride ", stride, " of dimension ", d, ", must be a positive multiple of 8");
+        }
+    }
+    return {};
+}
+
+std::string spec_reason(const AttentionParams& p) {
+    if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return "dtype: float16 and bfloat16 only";
+    if (p.mask.data) return "a mask";
+    if (p.bias.data) return "a bias";
+    if (p.dropout_threshold != 0) return "dropout";
+    if (p.head_dim_qk % 8 != 0) return words("head_dim_qk ", p.head_dim_qk, ": must be a multiple of 8");
+    if (p.head_dim_v % 8 != 0) return words("head_dim_v ", p.head_dim_v, ": must be a multiple of 8");
+    return {};
+}
+
+std::string first_of(std::initializer_list<std::string> reasons) {
+    for (const std::string& reason : reasons) {
+        if (!reason.empty()) return reason;
+    }
+    return {};
+}
+
+std::string inputs_reason(const AttentionParams& p) {
+    return first_of({layout_reason("q", p.q, p.batch, p.heads_q, p.seqlen_q),
+                     layout_reason("k", p.k, p.batch, p.heads_k, p.seqlen_k),
+                     layout_reason("v", p.v, p.batch, p.heads_k, p.seqlen_k)});
+}
+
+// Whether some key is invisible to some query.
+bool is_banded(const AttentionParams& p) {
+    return p.offset + p.right < p.seqlen_k - 1 || p.offset - p.left > 1 - p.seqlen_q;
+}
+int forward_variant(const AttentionParams& p) { return is_banded(p) ? kBanded : kFull; }
+
+int forward_head_dim(const AttentionParams& p) {
+    const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v);
+    if (dim <= 64) return 64;
+    if (dim <= 96) return 96;
+    if (dim <= 128) return 128;
+    return p.head_dim_qk <= 192 && p.head_dim_v <= value_dim(192) ? 192 : 256;
+}
+int backward_head_dim(const AttentionParams& p) { return std::max(p.head_dim_qk, p.head_dim_v) <= 64 ? 64 : 128; }
+
+// Calls f(T{}, constant) for an element and one of the head dimensions.
+template <int... kHeadDims, typename F>
+void with_kernel(DType dtype, int head_dim, const F& f) {
+    const auto with_element = [&](auto constant) {
+        if (head_dim != constant) return;
+        dtype == DType::kFloat16 ? f(Half{}, constant) : f(BFloat16{}, constant);
+    };
+    (with_element(std::integral_constant<int, kHeadDims>{}), ...);
+}
+
+}  // namespace
+
+std::string forward_reason(const AttentionParams& p) {
+    if (std::string reason = spec_reason(p); !reason.empty()) return reason;
+    if (!(p.softmax_scale > 0)) return words("softmax_scale ", p.softmax_scale, ": must be positive");
+    if (p.seqlen_q <= kFewQueries) return words("seqlen_q ", p.seqlen_q, ": up to ", kFewQueries, " split the keys");
+    if (!p.q.data) return {};
+    return first_of({inputs_reason(p), layout_reason("out", p.out, p.batch, p.heads_q, p.seqlen_q)});
+}
+
+std::string backward_reason(const AttentionParams& p) {
+    if (std::string reason = spec_reason(p); !reason.empty()) return reason;
+    if (const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v); dim > kMaxBackwardHeadDim) {
+        return words("head_dim ", dim, ": the backward takes at most ", kMaxBackwardHeadDim);
+    }
+    if (!p.q.data) return {};
+    return first_of({inputs_reason(p), layout_reason("grad_out", p.grad_out, p.batch, p.heads_q, p.seqlen_q),
+                     layout_reason("dq", p.dq, p.batch, p.heads_q, p.seqlen_q),
+                     layout_reason("dk", p.dk, p.batch, p.heads_k, p.seqlen_k),
+                     layout_reason("dv", p.dv, p.batch, p.heads_k, p.seqlen_k)});
+}
+
+std::string configuration(const AttentionParams& p, bool backward) {
+    if (backward) {
+        const KeyTile tile = key_tile(backward_head_dim(p));
+        return words("Hopper (sm_90a: TMA, wgmma), backward, tiles of ", tile.queries, " queries x ", tile.keys,
+                     " keys");
+    }
+    const ForwardTile tile = forward_tile(forward_head_dim(p), forward_variant(p));
+    return words("Hopper (sm_90a: TMA, wgmma), forward, tiles of ", tile.queries, " queries x ", tile.keys, " keys, ",
+                 tile.stages, " stages", tile.ping_pong ? ", ping-pong" : "", tile.persistent ? ", persistent" : "");
+}
+
+int64_t backward_workspace_bytes(const AttentionParams& p) {
+    return sums_offset_bytes(p) + (p.deterministic ? 0 : 4 * sums_size(p, backward_head_dim(p)));
+}
+
+void attention_forward(const AttentionParams& p, void* stream) {
+    with_kernel<64, 96, 128, 192, 256>(p.dtype, forward_head_dim(p), [&](auto element, auto head_dim) {
+        forward<decltype(element), head_dim>(p, forward_variant(p), static_cast<int>(multiprocessors(p.device)),
+                                             stream);
+    });
+}
+
+void attention_backward(const AttentionParams& p, void* stream) {
+    with_kernel<64, 128>(p.dtype, backward_head_dim(p), [&](auto element, auto head_dim) {
+        using T = decltype(element);
+        AttentionParams rows_only = p;
+        rows_only.deterministic = true;  // delta and lse; the sums of dQ are laid out otherwise here
+        sm80::prepare<T>(rows_only, stream);
+        if (p.deterministic) {
+            dkdv<T, head_dim>(p, stream);
+            sm80::dq<T, head_dim, false>(p, stream);
+        } else {
+            clear_dq_sums<T, head_dim>(p, stream);
+            dkdv<T, head_dim>(p, stream);
+            convert_dq<T, head_dim>(p, stream);
+        }
+    });
+}
+
+}  // namespace fastattn::cuda::sm90

@@ -1,0 +1,25 @@
+// What the translation units of the Hopper kernels define, once per element type and head dimension.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/ptx/convert.h"
+#include "params.h"
+
+namespace fastattn::cuda::sm90 {
+
+// T: Half or BFloat16. kHeadDim: 64, 96, 128, 192 or 256, which holds head_dim_qk and head_dim_v (192: at most 128).
+// What is asked of tensors: unsupported_reason in cuda/sm90/support.h. variant: a row of the table in tiles.h.
+template <typename T, int kHeadDim>
+void forward(const AttentionParams& params, int variant, int multiprocessors, void* stream);
+
+// kHeadDim: 64 or 128. The backward: sm80::prepare (params.deterministic: no sums for dQ are cleared), clear_dq_sums,
+// dkdv, convert_dq; deterministic: sm80::prepare, dkdv, sm80::dq. workspace: gradient_sums.h.
+template <typename T, int kHeadDim>
+void clear_dq_sums(const AttentionParams& params, void* stream);
+template <typename T, int kHeadDim>
+void dkdv(const AttentionParams& params, void* stream);
+template <typename T, int kHeadDim>
+void convert_dq(const AttentionParams& params, void* stream);
+
+}  // namespace fastattn::cuda::sm90

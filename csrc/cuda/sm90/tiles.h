@@ -1,0 +1,58 @@
+// The one table of tile sizes, with the reason for each row.
+//
+// A block has the multiprocessor to itself: 227 KiB of shared memory, 64 Ki registers. One warpgroup loads, the others
+// own 64 queries each. None of this has been timed yet; sizes start from FlashAttention-3's, as far as the registers of
+// this code allow.
+#pragma once
+
+namespace fastattn::cuda::sm90 {
+
+struct ForwardTile {
+    int queries, keys, stages;
+    bool ping_pong;   // warpgroups take turns on the tensor cores, so that the softmax of one runs beside another's
+                      // products
+    bool persistent;  // as many blocks as multiprocessors, each with its share of the tiles; else one block a tile
+
+    constexpr int consumers() const { return queries / 64; }
+    constexpr int threads() const { return 128 * (consumers() + 1); }
+    // Of each thread; together the 64 Ki of the multiprocessor. With three warpgroups that compute: 128 at entry.
+    constexpr int consumer_registers() const { return consumers() == 3 ? 160 : 240; }
+    constexpr int producer_registers() const { return consumers() == 3 ? 32 : 24; }
+};
+
+constexpr int value_dim(int head_dim) { return head_dim == 192 ? 128 : head_dim; }
+
+constexpr int kFull = 0, kBanded = 1;  // variants 0 and 1; those from 2 on are compiled for timing only
+
+constexpr ForwardTile forward_tile(int head_dim, int variant) {
+    const bool banded = variant == kBanded;
+    // Three warpgroups: with rows so short, K and V are read from shared memory least often by many queries.
+    if (head_dim == 64) return {192, 128, 2, true, banded};
+    // FlashAttention-3 takes 192 x 144 and P through shared memory; in registers it does not fit beside S and O.
+    if (head_dim == 96) return {128, 128, 2, true, banded};
+    // Banded: a narrower tile wastes less on the diagonal. 176 keys are what fits in the shared memory.
+    if (head_dim == 128) return {128, banded ? 128 : 176, 2, true, banded};
+    if (head_dim == 192) return {128, 112, 2, false, banded};  // 193 KiB
+    return {128, 80, 2, false, banded};                        // 225 KiB
+}
+
+constexpr uint32_t forward_barriers(int stages) { return 2 + 4 * stages; }
+constexpr uint32_t forward_shared_bytes(int head_dim, int variant) {
+    const ForwardTile t = forward_tile(head_dim, variant);
+    return 2 * (t.queries * head_dim + t.stages * t.keys * (head_dim + value_dim(head_dim))) +
+           8 * forward_barriers(t.stages);
+}
+
+struct KeyTile {
+    int queries, keys;  // of one step, of the block
+    // K, V, two stages of Q, dO, dS and of each query's lse and delta, two parts of 64 x 64 sums of dQ, nine barriers.
+    constexpr int shared_bytes(int head_dim) const {
+        return 2 * head_dim * (2 * keys + 4 * queries) + 4 * keys * queries + 16 * queries + 2 * 4 * 64 * 64 + 72;
+    }
+};
+
+// The backward: two warpgroups with 64 keys each. S^T, dP^T, dK and dV of 64 queries fill the registers at head_dim 128
+// (FlashAttention-3: 80 queries where nothing is masked); at 64, with 128 queries, they do not fit.
+constexpr KeyTile key_tile(int) { return {64, 128}; }
+
+}  // namespace fastattn::cuda::sm90

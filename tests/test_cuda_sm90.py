@@ -1,0 +1,151 @@
+"""The Hopper kernels (TMA, mbarrier, wgmma), compiled as ordinary C++ and run on the CPU. No GPU takes part.
+
+Shapes wrap the rings of two stages, end one key before, at and after a tile, and leave tiles without a visible key.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import dispatch
+from tests.cases import Case
+from tests.tolerance import assert_close_to_oracle
+
+pytest.importorskip("pybind11")
+pytest.importorskip("ninja")
+if shutil.which("c++") is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
+
+
+def case(
+    name: str, dims: int | tuple[int, int], seq: tuple[int, int], heads: tuple[int, int] = (1, 1), **more: Any
+) -> Case:
+    sizes = dict(zip(("seqlen_q", "seqlen_k", "heads_q", "heads_k"), (*seq, *heads), strict=True))
+    dims = dims if isinstance(dims, tuple) else (dims, dims)
+    options = {"batch": 1, "layout": "bshd", **sizes, **more}
+    return Case(name, head_dim_qk=dims[0], head_dim_v=dims[1], **options)
+
+
+# Tiles of keys: 128 at head_dim 64 and 96; 176 at 128, 128 with a band; 112 at 192; 80 at 256.
+CASES = [
+    case("d64-wraps", 64, (193, 5 * 128), (4, 2)),
+    case("d64-causal", 64, (200, 391), (2, 1), batch=2, causal=True),
+    case("d64-more-queries-than-keys", 64, (300, 129), causal=True),
+    case("d96-one-short", 96, (70, 2 * 128 - 1)),
+    case("d96-window", 96, (190, 330), window=(70, 20), offset=60),
+    case("d128-one-over", 128, (130, 2 * 176 + 1), (2, 1)),
+    case("d128-wraps", (128, 120), (65, 5 * 176)),
+    case("d128-causal-top-left", 128, (310, 310), (2, 2), causal=True, offset=0),
+    case("d128-more-queries-than-keys", 128, (400, 77), causal=True),
+    case("d128-narrow", (72, 104), (90, 200), layout="bhsd"),
+    case("d192-causal", (192, 128), (140, 337), causal=True),
+    case("d256-wraps", 256, (66, 401), layout="bhsd"),
+    case("d256-causal", 256, (150, 161), (2, 1), causal=True),
+]
+DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES)}
+
+
+@pytest.fixture(scope="session")
+def emulated() -> EmulatedBackend:
+    return emulated_backend()
+
+
+@pytest.fixture(autouse=True)
+def hopper(emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    real = dispatch.get_backend
+    monkeypatch.setattr(dispatch, "get_backend", lambda name: emulated if name == "cuda" else real(name))
+    monkeypatch.setenv("FASTATTN_EMULATED_CAPABILITY", "90")
+    emulated.emulator.configure()
+    emulated.emulator.statistics()
+    yield
+    emulated.emulator.configure()
+
+
+def run(case: Case, deterministic: bool) -> dict[str, torch.Tensor]:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        return case.make(DTYPES[case.name]).run(fastattn.attention, backend="cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_case(case: Case, emulated: EmulatedBackend) -> None:
+    inputs = case.make(DTYPES[case.name])
+    naive, oracle = inputs.naive(), inputs.oracle()
+    first: dict[str, torch.Tensor] = {}
+    for seed in (0, 1, 2):
+        emulated.emulator.configure(seed=seed)
+        emulated.emulator.statistics()
+        actual = run(case, deterministic=seed == 2)
+        used = emulated.emulator.statistics()
+        assert used.wgmma > 0, "another forward ran"
+        assert used.mma == 0 or seed == 2 or case.head_dim_qk > 128, "another backward ran"
+        for name, value in actual.items():
+            assert_close_to_oracle(value, naive[name], oracle[name], f"{case.name} {name}, order {seed}")
+        first = first or actual
+        for name in ("out", "lse", "dk", "dv"):
+            assert torch.equal(first[name], actual[name]), f"{name} depends on the order of threads"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_invisible_keys_reach_nothing(dim: int, poison: float) -> None:
+    """NaN and infinity in keys and values that no query sees leave output and gradients as good as they were."""
+    q, k, v, grad = (torch.randn(1, 1, 200, dim).bfloat16() for _ in range(4))
+
+    def results() -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = fastattn.attention(*leaves, causal=True, offset=-40, backend="cuda")
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    clean = results()
+    k[:, :, 160:], v[:, :, 160:] = poison, poison
+    for before, after in zip(clean, results(), strict=True):
+        assert_close_to_oracle(after, before, before.double(), "poisoned")
+
+
+def test_a_broken_key_reaches_who_sees_it() -> None:
+    q, k, v = (torch.randn(1, 1, 150, 64).half() for _ in range(3))
+    v[0, 0, 70, 3] = math.nan
+    out = fastattn.attention(q, k, v, causal=True, backend="cuda")
+    assert out[0, 0, 70:, 3].isnan().all()
+    out[0, 0, 70:, 3] = 0
+    assert out.isfinite().all()
+
+
+def test_what_runs_is_said_and_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], emulated: EmulatedBackend
+) -> None:
+    q, k, v = (torch.randn(1, 1, 64, 64).half().requires_grad_() for _ in range(3))
+
+    def said(*tensors: torch.Tensor, **options: Any) -> str:
+        fastattn.explain(*tensors, backend="cuda", **options)
+        text = capsys.readouterr().out
+        assert "not yet run on a GPU" in text
+        return text
+
+    assert "Hopper (sm_90a: TMA, wgmma), forward, tiles of 192 queries x 128 keys" in said(q, k, v)
+    assert "not the Hopper forward (a mask) but" in said(q, k, v, mask=torch.ones(64, 64, dtype=torch.bool))
+    assert "not the Hopper forward (seqlen_q 1: up to 16 split the keys) but" in said(q[:, :, :1], k, v)
+    wide = (torch.randn(1, 1, 64, 192).half().requires_grad_() for _ in range(3))
+    assert "not the Hopper backward (head_dim 192: the backward takes at most 128) but" in said(*wide)
+    monkeypatch.setenv("FASTATTN_CUDA_KERNELS", "sm80")
+    assert "Hopper" not in said(q, k, v)
+    fastattn.attention(q, k, v, backend="cuda")
+    assert emulated.emulator.statistics().wgmma == 0
+
+
+def test_other_layouts_are_left_to_another_kernel(emulated: EmulatedBackend) -> None:
+    q, k, v = (torch.randn(1, 1, 40, 65).half()[..., 1:] for _ in range(3))
+    fastattn.attention(q, k, v, backend="cuda")
+    assert emulated.emulator.statistics().wgmma == 0
