@@ -301,7 +301,9 @@ _backward_op = torch.ops.fastattn.attention_backward.default
 def is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
     """Whether a kernel alone would look at a call: no tracing, mode, transform, subclass, negation or profiler."""
     for x in (*tensors, *others):
-        if x is not None and (type(x) not in _PLAIN_TYPES or x.layout is not torch.strided or x.is_neg()):
+        if x is not None and (
+            type(x) not in _PLAIN_TYPES or x.layout is not torch.strided or x.is_nested or x.is_neg()
+        ):
             return False
     first = tensors[0]
     return (
