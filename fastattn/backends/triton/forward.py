@@ -119,7 +119,8 @@ def forward_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FLAG_BLOCK: tl.constexpr,
+    FLAG_BLOCK: tl.constexpr,  # BLOCK_M and BLOCK_N of the launch without CAREFUL
+    SHARE_BLOCK: tl.constexpr,
     CAREFUL: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -186,12 +187,16 @@ def forward_kernel(
         k_described = describe(k, seq.k_len, BLOCK_N, F.QK)
         v_described = describe(v, seq.k_len, BLOCK_N, F.V)
 
+    # Of the whole tile that a CAREFUL program does a part of: the keys of each split have to be the same.
+    start_m = start_m // FLAG_BLOCK * FLAG_BLOCK
     first = start_m // pack
-    last = tl.minimum((start_m + BLOCK_M - 1) // pack, seq.q_len - 1)
+    last = tl.minimum((start_m + FLAG_BLOCK - 1) // pack, seq.q_len - 1)
     # Packed heads share their mask of keys.
-    gap, begin, full_begin, full_end, end = key_tiles(first, last, b, first_head, seq, x, sizes, BLOCK_M, BLOCK_N, F)
+    gap, begin, full_begin, full_end, end = key_tiles(
+        first, last, b, first_head, seq, x, sizes, FLAG_BLOCK, SHARE_BLOCK, F
+    )
     if SPLIT:
-        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), sizes.splits) * BLOCK_N
+        share = tl.cdiv(tl.cdiv(end - begin, SHARE_BLOCK), sizes.splits) * SHARE_BLOCK
         share_end = begin + (split + 1) * share
         begin += split * share
         full_begin = tl.maximum(full_begin, begin)

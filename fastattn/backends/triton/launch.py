@@ -148,6 +148,7 @@ def _tiled(
             of_kernel["DESCRIPTORS"] = described and all(_describable(arguments[name].data) for name in "kv")
         if kind == "forward":
             of_kernel["SPECIALIZE"] = tiles.specialize and not careful
+            of_kernel["SHARE_BLOCK"] = c.BLOCK_N
         return Launch(kernel, lines * triton.cdiv(count, owned(tiles)), of_kernel, _options(tiles))
 
     first = launch(c, False)
