@@ -31,10 +31,12 @@ DEFAULT_CUDA_ARCHS = (80, 90, 100, 120)
 COMPILE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-pthread"]
 # No -ffast-math: NaN and infinity have meaning here. These two only drop errno and traps.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 CPU_ISAS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx512": AVX512_FLAGS,
+    "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 

@@ -1,21 +1,32 @@
 """Fused attention kernels for torch: one call, one contract, on every device."""
 
 from fastattn import reference
+from fastattn.cache import KVCache, PagedKVCache, apply_rotary, attention_with_kv_cache
+from fastattn.checks import debug_checks
 from fastattn.dispatch import use_backend
-from fastattn.functional import attention, attention_weights, explain, scaled_dot_product_attention
+from fastattn.functional import attention, explain, scaled_dot_product_attention
 from fastattn.modules import MultiHeadAttention
-from fastattn.packed import attention_varlen
+from fastattn.packed import attention_varlen, pad, unpad
 from fastattn.swap import swap_attention
+from fastattn.weights import attention_statistics, attention_weights
 
 __all__ = [
+    "KVCache",
     "MultiHeadAttention",
+    "PagedKVCache",
+    "apply_rotary",
     "attention",
+    "attention_statistics",
     "attention_varlen",
     "attention_weights",
+    "attention_with_kv_cache",
+    "debug_checks",
     "explain",
+    "pad",
     "reference",
     "scaled_dot_product_attention",
     "swap_attention",
+    "unpad",
     "use_backend",
 ]
 

@@ -8,23 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops
+from fastattn import checks, dispatch, ops
 from fastattn.backends.base import Tensors
 from fastattn.spec import (
     AttentionSpec,
     Window,
     check_bias,
     check_dropout,
-    check_integers,
     check_mask,
     check_scale,
     check_shapes,
-    check_sinks,
-    check_slopes,
-    check_softcap,
     check_tensors,
     check_window,
 )
+from fastattn.validate import check_integers, check_sinks, check_slopes, check_softcap
 
 
 class Arguments(NamedTuple):
@@ -297,6 +294,8 @@ def prepare(
         others = [] if mask is None and seed is None else [mask, seed, *(None,) * 9]
         return Arguments(q, k, v, bias, None, others, call), batch
     softcap, slopes, sinks, *rows = shape_tensors(shaped, q, k.shape[2], q.shape[2], batch)
+    if rows[2] is not None and checks.enabled():
+        checks.check_lengths("prefix_lens", rows[2], k.shape[2], "the keys that there are")
     others = [mask, seed, slopes, *rows, *(None,) * 5]
     return Arguments(q, k, v, bias, sinks, others, (*call, softcap) if softcap else call), batch
 
@@ -357,6 +356,13 @@ def prepare_ragged(
     if bias is not None:
         check_bias(bias, q, full)
         bias = _fold_mask(bias, (batch,))
+    if checks.enabled():
+        check_values(q, k, ragged, seqlen_q, seqlen_k, shaped)
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
+        raise TypeError(f"offset must be None or an int, got {offset!r}")
+    grad = (q, k, v, bias, shaped.sinks if shaped else None)
+    if paged and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grad):
+        raise ValueError("attention to paged keys (block_table) has no gradient: call it under torch.no_grad()")
     relative = offset is None
     if relative and not packed and ragged.seqused_k is None:
         relative, offset = False, seqlen_k - seqlen_q
@@ -366,3 +372,22 @@ def prepare_ragged(
     others = [mask, seed, slopes, *rows, *ragged[:5]]
     lengths = (seqlen_q, seqlen_k) if packed else (0, seqlen_k if paged else 0)
     return Arguments(q, k, v, bias, sinks, others, (*call, softcap, relative, *lengths, ragged.num_splits))
+
+
+def check_values(q: Tensor, k: Tensor, r: Ragged, seqlen_q: int, seqlen_k: int, shaped: Shaping | None) -> None:
+    """What :class:`fastattn.debug_checks` promises, for one call."""
+    keys: int | Tensor = seqlen_k
+    if r.cu_seqlens_q is not None:
+        checks.check_cumulative("cu_seqlens_q", r.cu_seqlens_q, q.shape[2], seqlen_q)
+    if r.cu_seqlens_k is not None:
+        checks.check_cumulative("cu_seqlens_k", r.cu_seqlens_k, k.shape[2], seqlen_k)
+        keys = r.cu_seqlens_k.diff()
+    if r.seqused_k is not None:
+        checks.check_lengths("seqused_k", r.seqused_k, keys, "the keys that there are")
+        keys = r.seqused_k
+    if r.leftpad_k is not None:
+        checks.check_lengths("leftpad_k", r.leftpad_k, keys, "the keys that there are")
+    if r.block_table is not None:
+        checks.check_pages(r.block_table, k.shape[0], k.shape[2], r.seqused_k)
+    if shaped is not None and shaped.prefix_lens is not None:
+        checks.check_lengths("prefix_lens", shaped.prefix_lens, seqlen_k, "the longest keys")

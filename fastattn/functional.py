@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops, reference
-from fastattn.backends.base import Tensors
+from fastattn import dispatch, ops
 from fastattn.call import combine_window, prepare, shaping, unfold
+from fastattn.nested import attention_nested
 from fastattn.spec import Window
 
 
@@ -35,6 +34,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, ``softmax(scale · Q Kᵀ + bias) V``, by the fastest kernel that can run the call.
 
+    Scores are shaped in this order: scaled, capped by ``softcap``, ALiBi and bias added, hidden where not visible.
+
     Query head ``h`` reads key head ``h // (heads_q // heads_k)`` (grouped-query attention; multi-query when
     ``heads_k`` is 1). ``causal`` is aligned to the last key, so that a query appended to a sequence sees all of it::
 
@@ -44,12 +45,13 @@ def attention(
                                                                             □ □ ■ ■ □
                                                                             □ □ □ ■ ■
 
-    A query that sees no key has output 0, log-sum-exp -inf and gradient 0. Gradients reach query, key, value and bias;
-    memory is O(seq) beyond the arguments. The equivalent in plain torch is :func:`fastattn.reference.attention`.
+    A query that sees no key has output 0, log-sum-exp -inf and gradient 0. Gradients reach query, key, value, bias and
+    sinks; memory is O(seq) beyond the arguments. The equivalent in plain torch is :func:`fastattn.reference.attention`.
 
     Args:
         query: ``(..., heads_q, seq_q, head_dim_qk)``, float16, bfloat16, float32 or float64, any strides; with three
-            dimensions ``(heads_q, seq_q, head_dim_qk)``, with two ``(seq_q, head_dim_qk)``.
+            dimensions ``(heads_q, seq_q, head_dim_qk)``, with two ``(seq_q, head_dim_qk)``. All three may be jagged
+            NestedTensors ``(batch, heads, seq*, head_dim)``: then as :func:`fastattn.attention_varlen`.
         key: ``(..., heads_k, seq_k, head_dim_qk)``, of the query's dtype and device; batch dimensions broadcast.
         value: ``(..., heads_k, seq_k, head_dim_v)``.
         mask: boolean, broadcastable to ``(..., heads_q, seq_q, seq_k)``; True = may attend. Default: none.
@@ -62,6 +64,15 @@ def attention(
         dropout_p: probability in [0, 1] of dropping an attention weight; always applied. Default: 0.
         dropout_seed: int64 tensor of one element; the same seed drops the same entries on every backend.
             Default: drawn from torch's generator of the device.
+        softcap: scores become ``softcap · tanh(scores / softcap)``. Default: 0, as they are.
+        alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, not differentiable: ``-slope · |i + offset - j|`` is added
+            to the scores. Default: none.
+        sinks: floating ``(heads_q,)``: one more logit per head, in the softmax's denominator only, so that the weights
+            of a row may sum to less than 1. A row that sees nothing has output 0 and lse = sink. Default: none.
+        q_segments: integers ``(batch or 1, seq_q)``: a query sees the keys of its own segment (document masks).
+        k_segments: integers ``(batch or 1, seq_k)``. Default: ``q_segments``.
+        prefix_lens: integers ``(batch,)``: keys ``j < prefix_lens[b]`` are visible whatever ``causal`` and ``window``
+            say (prefix language models); mask and segments still hold. Default: none.
         return_lse: also return the natural log-sum-exp of the scores, differentiable. Default: False.
         backend: "cpu", "triton", "cuda" or "reference"; raises where it cannot run the call. Default: the one of
             :func:`fastattn.use_backend`, else automatic.
@@ -75,6 +86,28 @@ def attention(
         ValueError: shapes that do not fit together, a value out of range, tensors on different devices.
         RuntimeError: a named backend cannot run this call; the message gives its reasons.
     """
+    if getattr(query, "is_nested", False) or getattr(key, "is_nested", False):
+        if q_segments is not None or k_segments is not None:
+            raise ValueError("segments are for dense tensors; the sequences of a NestedTensor are segments already")
+        return attention_nested(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            window=window,
+            offset=offset,
+            softmax_scale=softmax_scale,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            prefix_lens=prefix_lens,
+            return_lse=return_lse,
+            backend=backend,
+        )
     arguments, batch = prepare(
         query,
         key,
@@ -136,82 +169,17 @@ def scaled_dot_product_attention(
     elif attn_mask is not None:
         mask = attn_mask
     hint = None if enable_gqa else "pass enable_gqa=True to share key heads among query heads"
+    if getattr(query, "is_nested", False) or getattr(key, "is_nested", False):
+        if hint and query.shape[1] != key.shape[1]:
+            raise ValueError(f"query and key have different numbers of heads; {hint}")
+        options = {"causal": is_causal, "offset": 0, "softmax_scale": scale, "dropout_p": dropout_p}
+        return attention_nested(query, key, value, mask=mask, bias=bias, **options)
     window: Window = (None, 0) if is_causal else (None, None)
     arguments, batch = prepare(
         query, key, value, mask, bias, window, 0, scale, dropout_p, None, None, gqa_hint=hint, mask_name="attn_mask"
     )
     out, _ = ops.run_forward(*arguments[:6], *arguments.call)
     return unfold(out, query, batch)
-
-
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    window: Window | None = None,
-    offset: int | None = None,
-    softmax_scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    q_segments: Tensor | None = None,
-    k_segments: Tensor | None = None,
-    prefix_lens: Tensor | None = None,
-) -> Tensor:
-    """The attention matrix of an :func:`attention` call, recomputed from its log-sum-exp: ``exp(scores - lse)``.
-
-    No second softmax is taken; the result holds ``seq_q · seq_k`` numbers per head and is differentiable in
-    query, key, bias and lse.
-
-    Args:
-        query: ``(..., heads_q, seq_q, head_dim_qk)``.
-        key: ``(..., heads_k, seq_k, head_dim_qk)``.
-        lse: ``(..., heads_q, seq_q)``, as ``attention(..., return_lse=True)`` returns it.
-        mask, bias, causal, window, offset, softmax_scale: as given to :func:`attention`.
-        dropout_p, dropout_seed: likewise; the weights are then those after dropout. The seed must be given.
-
-    Returns:
-        ``(..., heads_q, seq_q, seq_k)`` in the query's dtype; rows that see nothing are 0.
-
-    Raises:
-        TypeError, ValueError: as :func:`attention`; also when dropout comes without its seed.
-    """
-    if dropout_p and dropout_seed is None:
-        raise ValueError("dropout_p > 0 needs the dropout_seed of the attention call whose weights these are")
-    shaped = shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
-    window = combine_window(causal, window)
-    arguments, batch = prepare(
-        query, key, key, mask, bias, window, offset, softmax_scale, dropout_p, dropout_seed, None, shaped
-    )
-    q, k, _, bias, _, others, (scale, _, _, diagonal, *_) = arguments
-    t = Tensors(q, k, k, bias, None, *others)
-    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    visible = reference.visible_keys(
-        q.shape[2],
-        k.shape[2],
-        window,
-        diagonal,
-        t.mask,
-        bias,
-        q.device,
-        q_segments=t.q_segments,
-        k_segments=t.k_segments,
-        prefix_lens=t.prefix_lens,
-    )
-    with torch.autocast(q.device.type, enabled=False):
-        repeated = reference.repeat_heads(k.to(wide), q.shape[1])
-        s = reference.scores(q.to(wide), repeated, visible, bias, scale, softcap or 0.0, t.alibi_slopes, diagonal)
-    p, seed = reference.weights_from_lse(s, lse.reshape(q.shape[:3])), t.dropout_seed
-    if seed is not None:
-        keep = reference.dropout_keep(p.shape[0], p.shape[1], p.shape[2], p.shape[3], dropout_p, seed)
-        p = torch.where(keep, p / (1 - dropout_p), 0) if dropout_p < 1 else torch.zeros_like(p)
-    return unfold(p.to(q.dtype), query, batch)
 
 
 def explain(

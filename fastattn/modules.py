@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
+from fastattn.cache import KVCache
 from fastattn.call import draw_dropout_seed
-from fastattn.functional import attention, attention_weights
+from fastattn.functional import attention
 from fastattn.masks import expand_attn_mask, expand_padding_mask, hidden_by_window, merge_masks, pad_keys
+from fastattn.module_inputs import attend_nested, attend_to_cache
+from fastattn.nested import is_nested
 from fastattn.spec import Window, check_window
+from fastattn.weights import attention_weights
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -44,7 +48,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
     - ``attn_mask`` may be 4-D, broadcastable to ``(N, H, L, S)``; one mask may be boolean and the other additive.
     - ``_qkv_same_embed_dim`` is always False. torch's own fast paths (``nn.TransformerEncoderLayer`` in eval mode, and
       ``nn.TransformerEncoder`` when it is built) read it as "the weights may be used without calling ``forward``".
-    - Bad arguments raise ``ValueError`` or ``TypeError``. A NestedTensor is not supported yet.
+    - Bad arguments raise ``ValueError`` or ``TypeError``.
+    - NestedTensors are taken in jagged layout, ``(N, seq*, E)`` with ``batch_first``, without masks and weights, and
+      with gradients; in torch's older strided layout they are refused.
 
     Args:
         embed_dim: features of query and output.
@@ -156,6 +162,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
         *,
         window: Window | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``.
 
@@ -169,6 +176,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             average_attn_weights: average the returned weights over the heads.
             is_causal: without ``attn_mask``: query i sees keys ``j <= i``. With one: no effect, the mask is applied.
             window: ``(left, right)``: query i sees keys ``i - left <= j <= i + right`` only; None: unbounded.
+                With ``cache``, aligned to the last key.
+            cache: :class:`fastattn.KVCache` or :class:`fastattn.PagedKVCache` of this layer (``num_kv_heads`` heads):
+                the new keys and values are appended to it, and queries see all that it holds, causally with
+                ``is_causal``. For inference; without masks and weights.
 
         Returns:
             ``(out, weights)``: ``out`` of the shape of ``query``; ``weights`` None unless ``need_weights``, else
@@ -177,10 +188,15 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         Raises:
             ValueError, TypeError: shapes, types or devices do not fit; the message names the argument.
-            NotImplementedError: an input is a NestedTensor.
+            NotImplementedError: an input is a NestedTensor in strided layout.
         """
-        self._check_inputs(query, key, value)
         check_window(window)
+        unmasked = key_padding_mask is None and attn_mask is None and not need_weights
+        if is_nested(query, key, value):
+            return attend_nested(self, query, key, value, unmasked, is_causal, window), None
+        self._check_inputs(query, key, value)
+        if cache is not None:
+            return attend_to_cache(self, query, key, value, cache, unmasked, is_causal, window), None
         batched = query.dim() == 3
         if not batched:
             query, key, value = self._add_batch(query, key, value)
@@ -216,8 +232,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         out = out if batched else out.squeeze(0 if self.batch_first else 1)
         if not need_weights:
             return out, None
-        weights = attention_weights(q, k, lse, **call)
-        weights = weights.mean(dim=1) if average_attn_weights else weights
+        weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **call)
         return out, weights if batched else weights.squeeze(0)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,12 +301,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
         for name, x, dim in inputs:
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-            if x.is_nested:
-                raise NotImplementedError(
-                    f"{name} is a NestedTensor, which MultiHeadAttention does not support yet: pass a padded tensor "
-                    "with key_padding_mask (in an nn.TransformerEncoder: construct it with enable_nested_tensor=False, "
-                    "or call fastattn.swap_attention on the whole encoder)"
-                )
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(
                     "query, key and value must all be 3-D (batched) or all 2-D (unbatched); got shapes "

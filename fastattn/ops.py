@@ -8,7 +8,7 @@ has validated and normalised them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -259,6 +259,24 @@ def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
         return _backward_op(*arguments)
 
 
+def _slice(x: Any, dim: Any, n: int) -> Any:
+    """Entry ``n`` of what ``torch.func.vmap`` maps over, as it is where ``dim`` is None."""
+    if isinstance(x, (list, tuple)):
+        return [_slice(item, d, n) for item, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, n)
+
+
+def _vmap(name: str) -> Callable[..., Any]:
+    """One call after the other: packed sequences have no batch dimension to fold another into."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        op = getattr(torch.ops.fastattn, name).default
+        results = [op(*_slice(arguments, in_dims, n)) for n in range(info.batch_size)]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
 for _name, _kernel, _autograd, _fake in (
     ("attention_forward", _forward, _forward_autograd, _forward_fake),
     ("attention_backward", _backward, _backward_autograd, _backward_fake),
@@ -267,6 +285,7 @@ for _name, _kernel, _autograd, _fake in (
         _library.impl(_name, _kernel, _key)
     _library.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"fastattn::{_name}", _vmap(_name), lib=_library)
 
 _forward_op = torch.ops.fastattn.attention_forward.default
 _backward_op = torch.ops.fastattn.attention_backward.default

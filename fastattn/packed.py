@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import ops
 from fastattn.call import Ragged, combine_window, prepare_ragged, shaping
-from fastattn.spec import Window, check_cu_seqlens, check_integers, check_length, check_shapes, check_tensors
+from fastattn.spec import Window, check_shapes, check_tensors
+from fastattn.validate import check_block_table, check_cu_seqlens, check_integers, check_length
 
 
 def attention_varlen(
@@ -125,6 +129,51 @@ def attention_varlen(
     return (out, lse.squeeze(0)) if return_lse else out
 
 
+class Unpadded(NamedTuple):
+    """What :func:`unpad` returns: ``values`` and ``cu_seqlens`` are what :func:`attention_varlen` takes."""
+
+    values: Tensor  #: (total, ...): the rows that are no padding
+    cu_seqlens: Tensor  #: int32 (batch + 1,)
+    max_seqlen: int
+    indices: Tensor  #: int64 (total,): where the rows stood in (batch · seq)
+    shape: tuple[int, int]  #: batch, seq
+
+
+def unpad(x: Tensor, key_padding_mask: Tensor) -> Unpadded:
+    """Leave out the padding of ``x``, wherever it is; differentiable. Waits for the device, to know how much is left.
+
+    Args:
+        x: ``(batch, seq, ...)``.
+        key_padding_mask: bool ``(batch, seq)``, True = padding, as in :class:`fastattn.MultiHeadAttention`.
+
+    Example::
+
+        >>> u = fastattn.unpad(x, key_padding_mask)
+        >>> q, k, v = proj(u.values).unflatten(-1, (3, heads, -1)).unbind(1)
+        >>> out = fastattn.attention_varlen(q, k, v, u.cu_seqlens, max_seqlen_q=u.max_seqlen)
+        >>> y = fastattn.pad(out.flatten(1), u)
+    """
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype is not torch.bool:
+        raise TypeError("key_padding_mask must be a boolean tensor, True = padding")
+    if key_padding_mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask must have shape (batch, seq) = {tuple(x.shape[:2])}, got {tuple(key_padding_mask.shape)}"
+        )
+    kept = ~key_padding_mask
+    lengths = kept.sum(1, dtype=torch.int32)
+    indices = kept.flatten().nonzero().squeeze(1)
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max()) if lengths.shape[0] else 0
+    return Unpadded(x.flatten(0, 1)[indices], cu_seqlens, longest, indices, (x.shape[0], x.shape[1]))
+
+
+def pad(values: Tensor, like: Unpadded) -> Tensor:
+    """``(total, ...)`` back to ``(batch, seq, ...)``, with 0 where :func:`unpad` found padding."""
+    batch, seq = like.shape
+    padded = values.new_zeros((batch * seq, *values.shape[1:]))
+    return padded.index_copy(0, like.indices, values).unflatten(0, (batch, seq))
+
+
 def _longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
 
@@ -133,11 +182,7 @@ def _used_of_pages(
     block_table: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, q: Tensor, batch: int
 ) -> Tensor:
     """The lengths of paged sequences, ``seqused_k`` or those that ``cu_seqlens_k`` has."""
-    if block_table.dtype is not torch.int32 or block_table.dim() != 2 or block_table.shape[0] != batch:
-        raise ValueError(
-            f"block_table must be int32 of shape (batch, pages) = ({batch}, pages), got {block_table.dtype} of shape "
-            f"{tuple(block_table.shape)}"
-        )
+    check_block_table(block_table, q, batch)
     if seqused_k is not None:
         return seqused_k
     if cu_seqlens_k is None:

@@ -5,6 +5,14 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastattn::cpu {
 
 #define FASTATTN_DECLARE(isa)                          \
@@ -16,6 +24,7 @@ FASTATTN_DECLARE(portable)
 #if defined(__x86_64__)
 FASTATTN_DECLARE(avx2)
 FASTATTN_DECLARE(avx512)
+FASTATTN_DECLARE(amx)
 #endif
 #undef FASTATTN_DECLARE
 
@@ -30,13 +39,31 @@ struct Kernels {
     Kernel backward;
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// AMX needs the processor (CPUID 7.0: EDX bits 22 and 24) and, for its 8 KiB of state, Linux's leave, asked for once.
+bool has_amx() {
+#if defined(__linux__)
+    unsigned eax, ebx, ecx, edx;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if (!(edx & (1u << 22)) || !(edx & (1u << 24))) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 Kernels choose() {
     const Kernels all[] = {
 #if defined(__x86_64__)
-        {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-         avx512::attention_forward, avx512::attention_backward},
+        {"amx", has_amx(), amx::attention_forward, amx::attention_backward},
+        {"avx512", has_avx512(), avx512::attention_forward, avx512::attention_backward},
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::attention_forward,
          avx2::attention_backward},
 #endif

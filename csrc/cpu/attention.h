@@ -8,7 +8,7 @@ namespace fastattn::cpu {
 void attention_forward(const AttentionParams& params);   // writes out, lse
 void attention_backward(const AttentionParams& params);  // writes dq, dk, dv and, where wanted, dbias
 
-// "avx512", "avx2" or "portable": the best this processor runs, or FASTATTN_CPU_ISA from the environment.
+// "amx", "avx512", "avx2" or "portable": the best this processor runs, or FASTATTN_CPU_ISA from the environment.
 const char* instruction_set();
 
 }  // namespace fastattn::cpu

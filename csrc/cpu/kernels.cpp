@@ -1,33 +1,49 @@
 // The CPU kernels of one instruction set: compiled once for each, with -DFASTATTN_CPU_ISA=name and its flags.
 #include "attention.h"
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
+
+#if defined(__AMX_BF16__)
+using BFloat16Products = AmxProducts;
+#else
+using BFloat16Products = VectorProducts<BFloat16, float>;
+#endif
+
+template <typename P>
+void forward(const AttentionParams& p) {
+    using D = Decode<typename P::T, typename P::C>;
+    D::suits(p) ? D(p).run() : Forward<P>(p).run();
+}
 
 void attention_forward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Forward<Half, float>(p).run();
+            return forward<VectorProducts<Half, float>>(p);
         case DType::kBFloat16:
-            return Forward<BFloat16, float>(p).run();
+            return forward<BFloat16Products>(p);
         case DType::kFloat32:
-            return Forward<float, float>(p).run();
+            return forward<VectorProducts<float, float>>(p);
         case DType::kFloat64:
-            return Forward<double, double>(p).run();
+            return forward<VectorProducts<double, double>>(p);
     }
 }
 
 void attention_backward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Backward<Half, float>(p).run();
+            return Backward<VectorProducts<Half, float>>(p).run();
         case DType::kBFloat16:
-            return Backward<BFloat16, float>(p).run();
+            return Backward<BFloat16Products>(p).run();
         case DType::kFloat32:
-            return Backward<float, float>(p).run();
+            return Backward<VectorProducts<float, float>>(p).run();
         case DType::kFloat64:
-            return Backward<double, double>(p).run();
+            return Backward<VectorProducts<double, double>>(p).run();
     }
 }
 

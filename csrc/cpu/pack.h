@@ -1,4 +1,4 @@
-// From tensors of any type and stride to the dense operands that multiply() reads, in the compute type.
+// Scratch memory, and the dense operands that vector products read, in the compute type.
 #pragma once
 
 #include <algorithm>
@@ -6,98 +6,15 @@
 #include <memory>
 #include <new>
 
-#include "../params.h"
-#include "vector.h"
+#include "convert.h"
+#include "product.h"
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
 constexpr int64_t kMaxHeadDim = 512;
 
-struct Half {
-    uint16_t bits;
-};
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float bits_to_float(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-inline uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
-// Exact: the exponent is rebased by a product, which also carries subnormals; inf and NaN get all exponent bits.
-inline float widen(Half x) {
-    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-    const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-    const float scaled = bits_to_float(magnitude) * 0x1p112f;
-    return bits_to_float(sign | float_to_bits(scaled) | ((x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u));
-}
-
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(double x, double& to) { to = x; }
-inline void narrow(double x, float& to) { to = static_cast<float>(x); }
-inline void narrow(float x, double& to) { to = x; }
-// Round to nearest, ties to even.
-inline void narrow(float x, BFloat16& to) {
-    const uint32_t bits = float_to_bits(x);
-    to.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-inline void narrow(float x, Half& to) {
-    const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000;
-    const float magnitude = std::fabs(x);
-    uint32_t half;
-    if (x != x) {
-        half = 0x7e00;
-    } else if (magnitude >= 65520.0f) {
-        half = 0x7c00;
-    } else if (magnitude < 0x1p-14f) {
-        half = float_to_bits(magnitude + 0.5f) & 0xffff;  // 0.5 puts the unit of a subnormal half in the last bit
-    } else {
-        const uint32_t rebased = float_to_bits(magnitude) - (112u << 23);
-        half = (rebased + 0xfff + ((rebased >> 13) & 1)) >> 13;
-    }
-    to.bits = static_cast<uint16_t>(sign | half);
-}
-inline void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }
-inline void narrow(double x, Half& to) { narrow(static_cast<float>(x), to); }
-
-template <typename T>
-inline const T* at(const Tensor4& x, int64_t b, int64_t h, int64_t i) {
-    return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
-}
-template <typename T>
-inline T* at_mutable(const Tensor4& x, int64_t b, int64_t h, int64_t i) {
-    return const_cast<T*>(at<T>(x, b, h, i));
-}
-
-template <typename T, typename C>
-inline void read_row(const T* from, int64_t stride, int64_t n, C* to) {
-    if (stride == 1) {
-        for (int64_t d = 0; d < n; ++d) to[d] = widen(from[d]);
-    } else {
-        for (int64_t d = 0; d < n; ++d) to[d] = widen(from[d * stride]);
-    }
-}
-
-template <typename C, typename T>
-inline void write_row(const C* from, C factor, int64_t n, T* to, int64_t stride) {
-    if (stride == 1) {
-        for (int64_t d = 0; d < n; ++d) narrow(from[d] * factor, to[d]);
-    } else {
-        for (int64_t d = 0; d < n; ++d) narrow(from[d] * factor, to[d * stride]);
-    }
-}
-
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t count_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 // Aligned scratch memory that grows and never shrinks while it lives. Uninitialised.
 template <typename C>
@@ -106,8 +23,8 @@ public:
     C* reserve(int64_t n) {
         if (n > size_) {
             data_.reset(static_cast<C*>(std::aligned_alloc(64, round_up(n * static_cast<int64_t>(sizeof(C)), 64))));
+            size_ = data_ ? n : 0;
             if (!data_) throw std::bad_alloc();
-            size_ = n;
         }
         return data_.get();
     }
@@ -121,31 +38,12 @@ private:
     int64_t size_ = 0;
 };
 
-// One head's (seq x dim) matrix in the layouts that products want:
-//   rows    (seq, dim)                              a left-hand operand
-//   columns (seq / panel, dim, panel)               Xᵀ as right-hand operand: the product runs over dim
-//   panels  (dim / panel, seq rounded up, panel)    X as right-hand operand: the product runs over seq
-// Padding is 0.
-template <typename C>
-struct Operand {
-    int64_t seq = 0, dim = 0;
-    Buffer<C> rows, columns, panels;
-
-    int64_t padded_seq() const { return round_up(seq, kPanel<C>); }
-    int64_t padded_dim() const { return round_up(dim, kPanel<C>); }
-    const C* row(int64_t i) const { return rows.get() + i * dim; }
-    const C* column_panel(int64_t i) const { return columns.get() + i * dim; }  // i: a multiple of kPanel
-    const C* panel(int64_t d, int64_t i) const { return panels.get() + d * padded_seq() + i * kPanel<C>; }
-
-    void reserve(int64_t seq_, int64_t dim_, bool as_rows, bool as_columns, bool as_panels) {
-        seq = seq_, dim = dim_;
-        if (as_rows) rows.reserve(seq * dim);
-        if (as_columns) columns.reserve(padded_seq() * dim);
-        if (as_panels) panels.reserve(padded_seq() * padded_dim());
-    }
-};
-
-constexpr int64_t kPackRows = 64;  // rows packed as one piece of work: a multiple of every panel width
+// Scratch memory of the calling thread, kept from call to call: what a short call cannot afford is fresh pages.
+template <typename Tile>
+Tile& scratch() {
+    static thread_local Tile tile;
+    return tile;
+}
 
 // 1 when all exponent bits are set: inf or NaN. In integers, so that loops over it become vector code.
 template <typename C>
@@ -157,36 +55,215 @@ inline typename Exp2<C>::Integer is_non_finite(C x) {
     return (bits & kExponent) == kExponent;
 }
 
-// Packs rows [first, first + kPackRows) of one head; returns whether they hold inf or NaN.
-template <typename T, typename C>
-bool pack(const Tensor4& x, int64_t b, int64_t h, int64_t first, Operand<C>& to, bool as_rows, bool as_columns,
-          bool as_panels) {
-    static_assert(kPackRows % kPanel<C> == 0, "a piece of work fills whole panels");
-    const int64_t last = std::min(first + kPackRows, to.padded_seq());
-    const int64_t dim = to.dim, padded = to.padded_dim();
-    C row[kMaxHeadDim + 64];
-    typename Exp2<C>::Integer exponents_full = 0;
-    for (int64_t i = first; i < last; ++i) {
-        if (i < to.seq) {
-            read_row(at<T>(x, b, h, i), x.stride[3], dim, row);
-            for (int64_t d = 0; d < dim; ++d) exponents_full |= is_non_finite(row[d]);
-            if (as_rows) std::memcpy(to.rows.get() + i * dim, row, static_cast<size_t>(dim) * sizeof(C));
-        } else {
-            std::memset(row, 0, static_cast<size_t>(dim) * sizeof(C));
+// to[j * to_stride + i] = from[i * from_stride + j] for a square of kLanes elements.
+template <typename C>
+inline void transpose_square(const C* from, int64_t from_stride, C* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == 4) {
+        __m512 x[16], y[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(from + i * from_stride);
+#pragma GCC unroll 8
+        for (int i = 0; i < 16; i += 2) {
+            y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+            y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
         }
-        if (as_columns) {
-            const int64_t lane = i % kPanel<C>;
-            C* column = to.columns.get() + (i - lane) * dim + lane;
-            for (int64_t d = 0; d < dim; ++d) column[d * kPanel<C>] = row[d];
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += 4) {
+            const __m512d a = _mm512_castps_pd(y[i]), b = _mm512_castps_pd(y[i + 1]);
+            const __m512d c = _mm512_castps_pd(y[i + 2]), d = _mm512_castps_pd(y[i + 3]);
+            x[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+            x[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+            x[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+            x[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
         }
-        if (as_panels) {
-            std::memset(row + dim, 0, static_cast<size_t>(padded - dim) * sizeof(C));
-            for (int64_t d = 0; d < padded; d += kPanel<C>) {
-                std::memcpy(to.panels.get() + d * to.padded_seq() + i * kPanel<C>, row + d, kPanel<C> * sizeof(C));
+        // x[4g + c] holds columns c, c+4, c+8, c+12 (one per 128-bit part) of rows 4g .. 4g+3.
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+            const __m512 low = _mm512_shuffle_f32x4(x[c], x[4 + c], 0x88);
+            const __m512 high = _mm512_shuffle_f32x4(x[c], x[4 + c], 0xdd);
+            const __m512 low2 = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0x88);
+            const __m512 high2 = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0xdd);
+            _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+            _mm512_storeu_ps(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+            _mm512_storeu_ps(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+            _mm512_storeu_ps(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+        }
+        return;
+    }
+#endif
+    for (int i = 0; i < kLanes<C>; ++i) {
+        for (int j = 0; j < kLanes<C>; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    }
+}
+
+// The layouts in which a head's (seq x dim) matrix X enters a product.
+enum Layout : int {
+    kRows = 1,        // X, left-hand
+    kColumns = 2,     // Xᵀ, right-hand: the product runs over dim
+    kPanels = 4,      // X, right-hand: the product runs over seq
+    kTransposed = 8,  // Xᵀ, left-hand: the product runs over seq
+};
+
+constexpr int64_t kPackRows = 64;  // rows packed as one piece of work: a multiple of every panel width
+
+// Operands of products by vector multiply-add, in the compute type, padded with 0 to whole vectors:
+//   rows    (seq, dim)
+//   columns (seq / panel, dim, panel)
+//   panels  (dim / panel, seq, panel)
+// where the last panel is as narrow as whole vectors allow. A left-hand Xᵀ is read from rows by its strides.
+template <typename C>
+struct Operand {
+    int64_t seq = 0, dim = 0;
+    Buffer<C> rows, columns, panels;
+
+    int64_t padded_seq() const { return round_up(seq, kLanes<C>); }
+    int64_t padded_dim() const { return round_up(dim, kLanes<C>); }
+    // The panel that holds column i of a right-hand operand `padded` columns wide: its first column, its width.
+    static int64_t panel_of(int64_t i) { return i / kPanel<C> * kPanel<C>; }
+    static int64_t width(int64_t panel, int64_t padded) { return std::min<int64_t>(kPanel<C>, padded - panel); }
+
+    void reserve(int64_t seq_, int64_t dim_, int layouts) {
+        seq = seq_, dim = dim_;
+        if (layouts & (kRows | kTransposed)) rows.reserve(seq * dim);
+        if (layouts & kColumns) columns.reserve(padded_seq() * dim);
+        if (layouts & kPanels) panels.reserve(padded_seq() * padded_dim());
+    }
+
+    // Packs rows [first, first + kPackRows) of the head; returns whether they hold inf or NaN.
+    template <typename T>
+    bool pack(const Rows<T>& x, int64_t first, int layouts) {
+        constexpr int64_t kBlock = kLanes<C>;
+        const int64_t last = std::min(first + kPackRows, padded_seq()), padded = padded_dim();
+        C* block = scratch<Buffer<C>>().reserve(kBlock * (kMaxHeadDim + kLanes<C>));
+        typename Exp2<C>::Integer non_finite = 0;
+        for (int64_t i = first; i < last; i += kBlock) {
+            for (int64_t r = 0; r < kBlock; ++r) {
+                C* row = block + r * padded;
+                if (i + r < seq) {
+                    read_row(x.at(i + r), x.dim, dim, row);
+                    std::fill(row + dim, row + padded, C(0));
+                    for (int64_t d = 0; d < dim; ++d) non_finite |= is_non_finite(row[d]);
+                    if (layouts & (kRows | kTransposed)) std::copy(row, row + dim, rows.get() + (i + r) * dim);
+                } else {
+                    std::fill(row, row + padded, C(0));
+                }
+                if (layouts & kPanels) {
+                    for (int64_t d = 0; d < padded; d += kPanel<C>) {
+                        const int64_t w = width(d, padded);
+                        std::copy(row + d, row + d + w, panels.get() + d * padded_seq() + (i + r) * w);
+                    }
+                }
+            }
+            if (layouts & kColumns) {
+                const int64_t panel = panel_of(i), w = width(panel, padded_seq());
+                C* to = columns.get() + panel * dim + (i - panel);
+                int64_t d = 0;
+                for (; d + kBlock <= dim; d += kBlock) transpose_square(block + d, padded, to + d * w, w);
+                for (; d < dim; ++d) {
+                    for (int64_t r = 0; r < kBlock; ++r) to[d * w + r] = block[r * padded + d];
+                }
+            }
+        }
+        return non_finite != 0;
+    }
+};
+
+// The products of attention by vector multiply-add. T is the tensors' type, C the type of scores and sums.
+template <typename T_, typename C_>
+struct VectorProducts {
+    using T = T_;
+    using C = C_;
+    using Matrix = Operand<C>;
+    static constexpr int64_t kRowBlock = 4 * kTileRows;  // rows whose scores stay in the first-level cache
+    static constexpr int64_t kKeyTile = 256;
+    static constexpr int64_t kUnit = kLanes<C>;          // columns of scores are made by this many
+    static constexpr int64_t kKeyRows = 16 * kTileRows;  // backward: keys of a tile
+    static constexpr int64_t kQueryColumns = 128;        // backward: queries of a tile
+
+    // Runs once in a thread before and after its products.
+    struct Session {};
+
+    // Weights of up to kRowBlock rows, each of kKeyTile columns: they take the place of the scores.
+    struct Weights {
+        C* data;
+        explicit Weights(C* scores, Buffer<C>&) : data(scores) {}
+        static constexpr int kVectors = 1;
+        void put(int64_t row, int64_t column, const Vector<C>* w) { store<C>(data + row * kKeyTile + column, *w); }
+    };
+
+    // s (rows x [c0, c1)) = X[row .. row + rows) · Yᵀ, columns counted from Y's row `first`, at s + column.
+    static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,
+                       int64_t c1, C* s, int64_t s_stride) {
+        const int64_t padded = y.padded_seq();
+        for (int64_t c = c0; c < c1;) {
+            const int64_t panel = Matrix::panel_of(first + c), w = Matrix::width(panel, padded);
+            const int64_t end = std::min(c1, panel + w - first);
+            multiply<C, false>(rows, {x.rows.get() + row * x.dim, x.dim, 1},
+                               y.columns.get() + panel * y.dim + (first + c - panel), w, y.dim, s + c, s_stride,
+                               end - c);
+            c = end;
+        }
+    }
+
+    // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth).
+    static void accumulate(bool careful, int64_t rows, Left<C> left, const Matrix& y, int64_t first, int64_t depth,
+                           C* sum) {
+        const int64_t dim = y.padded_dim();
+        for (int64_t d = 0; d < dim; d += kPanel<C>) {
+            const int64_t w = Matrix::width(d, dim);
+            const C* panel = y.panels.get() + d * y.padded_seq() + first * w;
+            if (careful) {
+                multiply_nonzero<C>(rows, left, panel, w, depth, sum + d, dim, w);
+            } else {
+                multiply<C, true>(rows, left, panel, w, depth, sum + d, dim, w);
             }
         }
     }
-    return exponents_full != 0;
-}
+
+    // Backward, one tile of keys (rows) by queries (columns): P ∘ D of a block, dS of the whole tile, and dQ of a head.
+    struct Gradients {
+        static constexpr int kRows = 1, kVectors = 1, kRowStep = 1;
+        Buffer<C> p_data, ds_data;
+        void reserve() { p_data.reserve(kRowBlock * kQueryColumns), ds_data.reserve(kKeyRows * kQueryColumns); }
+        void put(int64_t block, int64_t row, int64_t column, const Vector<C> (*p)[1], const Vector<C> (*ds)[1]) {
+            store<C>(p_data.get() + row * kQueryColumns + column, p[0][0]);
+            store<C>(ds_data.get() + (block + row) * kQueryColumns + column, ds[0][0]);
+        }
+        void clear(int64_t block, int64_t rows, int64_t c0, int64_t c1) {
+            for (int64_t r = 0; r < rows; ++r) {
+                C* row = ds_data.get() + (block + r) * kQueryColumns;
+                std::fill(row + c0, row + c1, C(0));
+            }
+        }
+        // dv (rows x dim) += (P ∘ D) · dO[first + c0 .. first + c1) and dk += dS · Q.
+        void add_dv(bool careful, int64_t rows, int64_t c0, int64_t c1, const Matrix& dout, int64_t first,
+                    C* dv) const {
+            accumulate(careful, rows, {p_data.get() + c0, kQueryColumns, 1}, dout, first + c0, c1 - c0, dv);
+        }
+        void add_dk(bool careful, int64_t block, int64_t rows, int64_t c0, int64_t c1, const Matrix& q, int64_t first,
+                    C* dk) const {
+            accumulate(careful, rows, {ds_data.get() + block * kQueryColumns + c0, kQueryColumns, 1}, q, first + c0,
+                       c1 - c0, dk);
+        }
+        // dq of queries [first + c0, first + c1) += dSᵀ · K[key .. key + keys).
+        void add_dq(bool careful, int64_t keys, int64_t c0, int64_t c1, const Matrix& k, int64_t key, int64_t first,
+                    C* dq) const {
+            accumulate(careful, c1 - c0, {ds_data.get() + c0, 1, kQueryColumns}, k, key, keys,
+                       dq + (first + c0) * k.padded_dim());
+        }
+    };
+    static int64_t dq_size(int64_t seqlen_q, int64_t dim) {
+        return round_up(seqlen_q, kQueryColumns) * round_up(dim, kLanes<C>);
+    }
+    static const C* dq_row(const C* dq, int64_t i, int64_t dim, C*) { return dq + i * round_up(dim, kLanes<C>); }
+    static constexpr int kKeyLayouts = kRows | kPanels, kValueLayouts = kRows, kQueryLayouts = kColumns | kPanels;
+
+    static void accumulate_weights(bool careful, const Weights& weights, int64_t rows, int64_t c0, int64_t c1,
+                                   const Matrix& v, int64_t first, C* out) {
+        const int64_t depth = std::min(c1, v.seq - first) - c0;
+        accumulate(careful, rows, {weights.data + c0, kKeyTile, 1}, v, first + c0, depth, out);
+    }
+};
 
 }  // namespace fastattn::cpu::FASTATTN_CPU_ISA

@@ -7,8 +7,74 @@
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
-// The scores of a call, t = scale · q·k + bias, and who sees whom. log2(e) is not folded into the scale: it would
-// save nothing here, rounds large scores worse, and overflows beside a bias of finfo.min.
+constexpr int64_t kMaxTileColumns = 512;
+
+// One sequence of the call: where it lies, its lengths, and which keys its window and prefix leave to a query.
+struct Entry {
+    int64_t b;
+    int64_t batch_q = 0, batch_k = 0, row_q = 0, row_k = 0;  // where queries and keys begin
+    int64_t seqlen_q, seqlen_k;
+    int64_t first_key = 0, prefix = 0;
+    int64_t left, right, offset;
+    int64_t capacity_k;  // rows of k that belong to the sequence, used or not
+
+    Entry(const AttentionParams& p, int64_t b_)
+        : b(b_),
+          batch_q(b_),
+          batch_k(b_),
+          seqlen_q(p.seqlen_q),
+          seqlen_k(p.seqlen_k),
+          left(p.left),
+          right(p.right),
+          offset(p.offset) {
+        const auto item = [](const Table<int32_t>& t, int64_t i) { return int64_t(t.data[i * t.stride[0]]); };
+        if (p.cu_seqlens_q.data != nullptr) {
+            batch_q = 0, row_q = item(p.cu_seqlens_q, b), seqlen_q = item(p.cu_seqlens_q, b + 1) - row_q;
+        }
+        if (p.cu_seqlens_k.data != nullptr) {
+            batch_k = 0, row_k = item(p.cu_seqlens_k, b), seqlen_k = item(p.cu_seqlens_k, b + 1) - row_k;
+        }
+        capacity_k = seqlen_k;
+        if (p.seqused_k.data != nullptr) seqlen_k = item(p.seqused_k, b);
+        if (p.leftpad_k.data != nullptr) first_key = item(p.leftpad_k, b);
+        if (p.prefix_lens.data != nullptr) prefix = std::min(item(p.prefix_lens, b), seqlen_k);
+        if (p.relative_offset) offset += seqlen_k - seqlen_q;
+    }
+
+    // Query i sees keys [key_low, key_high) except [prefix, window_low), and those only.
+    int64_t window_low(int64_t i) const { return i + offset - left; }
+    int64_t key_low(int64_t i) const { return std::max(first_key, prefix > 0 ? 0 : window_low(i)); }
+    int64_t key_high(int64_t i) const { return std::max(prefix, std::min(seqlen_k, i + offset + right + 1)); }
+    // Key j is seen by queries [query_low, query_high).
+    int64_t query_low(int64_t j) const {
+        if (j < first_key) return seqlen_q;
+        return j < prefix ? 0 : std::max<int64_t>(0, j - offset - right);
+    }
+    int64_t query_high(int64_t j) const { return j < prefix ? seqlen_q : std::min(seqlen_q, j - offset + left + 1); }
+};
+
+// One head of q, out or their gradients, and of k or v, from the sequence's first row on.
+template <typename T>
+inline Rows<T> query_rows(const Tensor4& x, const Entry& e, int64_t h) {
+    return {at<T>(x, e.batch_q, h, e.row_q), x.stride[2], x.stride[3]};
+}
+template <typename T>
+inline Rows<T> key_rows(const AttentionParams& p, const Tensor4& x, const Entry& e, int64_t h) {
+    if (p.page_size == 0) return {at<T>(x, e.batch_k, h, e.row_k), x.stride[2], x.stride[3]};
+    const int32_t* table = p.block_table.data + e.b * p.block_table.stride[0];
+    return {at<T>(x, 0, h, 0), x.stride[2], x.stride[3], table, p.block_table.stride[1], p.page_size, x.stride[0]};
+}
+
+// Columns [first, last) of a tile that some row of it sees; whole: every row sees them all.
+struct Span {
+    int64_t first, last;
+    bool whole;
+    bool empty() const { return first >= last; }
+};
+
+// The scores of a call, t = cap(scale · q·k) - slope · |i + offset - j| + bias, cap(x) = softcap · tanh(x / softcap).
+// log2(e) is not folded into the scale: it would save nothing here, rounds large scores worse, and overflows beside a
+// bias of finfo.min.
 template <typename C>
 struct Scores {
     const AttentionParams& p;
@@ -16,31 +82,94 @@ struct Scores {
 
     explicit Scores(const AttentionParams& params) : p(params), scale(static_cast<C>(params.softmax_scale)) {}
 
-    bool restricted() const {
-        return p.mask.data != nullptr || p.bias.data != nullptr || p.left < p.seqlen_q + p.seqlen_k ||
-               p.right < p.seqlen_q + p.seqlen_k;
+    // Whether t is scale · q·k with a positive scale, so that the largest product gives the largest score.
+    bool plain() const {
+        return p.bias.data == nullptr && p.softcap == 0 && p.alibi_slopes.data == nullptr && scale > 0;
     }
 
-    // Keys [low, high) that the window leaves to query i; queries that it leaves to key j.
-    int64_t key_low(int64_t i) const { return std::max<int64_t>(0, i + p.offset - p.left); }
-    int64_t key_high(int64_t i) const { return std::min(p.seqlen_k, i + p.offset + p.right + 1); }
-    int64_t query_low(int64_t j) const { return std::max<int64_t>(0, j - p.offset - p.right); }
-    int64_t query_high(int64_t j) const { return std::min(p.seqlen_q, j - p.offset + p.left + 1); }
+    // Whether some key may be invisible to some query.
+    bool restricted() const {
+        return p.mask.data != nullptr || p.bias.data != nullptr || p.q_segments.data != nullptr ||
+               p.leftpad_k.data != nullptr || p.left < p.seqlen_q + p.seqlen_k || p.right < p.seqlen_q + p.seqlen_k ||
+               (p.relative_offset && p.right < (int64_t(1) << 40));
+    }
 
-    // One row of a score tile in place: t for columns [first, last) of the row, -inf outside [low, high) and where
-    // the mask is false. When rows are queries the columns are keys; otherwise (transposed) rows are keys.
-    // s points at column `first`.
+    // The columns of a tile that rows [row, row + rows) see, by window and mask, widened to multiples of unit.
+    // When rows are queries the columns are keys; otherwise (transposed) rows are keys.
     template <bool transposed>
-    void finish_row(C* s, int64_t b, int64_t h, int64_t row, int64_t first, int64_t last, int64_t low,
-                    int64_t high) const {
+    Span span(const Entry& e, int64_t h, int64_t row, int64_t rows, int64_t first, int64_t last, int64_t unit) const {
+        const int64_t bottom = row + rows - 1, top = transposed ? std::max(row, e.first_key) : row;
+        if (top > bottom) return {0, 0, false};
+        int64_t low = transposed ? e.query_low(top) : e.key_low(top);
+        int64_t high = transposed ? std::max(e.query_high(top), e.query_high(bottom)) : e.key_high(bottom);
+        low = std::max(low, first), high = std::min(high, last);
+        if (low >= high) return {0, 0, false};
+        bool whole = (transposed ? e.query_low(bottom) : e.key_low(bottom)) <= low && top == row &&
+                     (transposed ? e.query_high(row) : e.key_high(row)) >= high && e.prefix == 0;
+        if (p.mask.data != nullptr) {
+            const int64_t row_step = p.mask.stride[transposed ? 3 : 2], step = p.mask.stride[transposed ? 2 : 3];
+            const uint8_t* visible = element<uint8_t, transposed>(p.mask, e.b, h, row, low);
+            whole &= trim(row_step == 0 ? 1 : rows, low, high,
+                          [&](int64_t r, int64_t c) { return visible[r * row_step + c * step]; });
+        }
+        if (p.q_segments.data != nullptr) {
+            const Table<int32_t>&of_rows = transposed ? p.k_segments : p.q_segments,
+                  &of_columns = transposed ? p.q_segments : p.k_segments;
+            const int32_t* a = of_rows.data + e.b * of_rows.stride[0] + row * of_rows.stride[1];
+            const int32_t* b = of_columns.data + e.b * of_columns.stride[0] + low * of_columns.stride[1];
+            whole &= trim(rows, low, high, [&](int64_t r, int64_t c) {
+                return uint8_t(a[r * of_rows.stride[1]] == b[c * of_columns.stride[1]]);
+            });
+        }
+        if (low >= high) return {0, 0, false};
+        const int64_t from = (low - first) / unit * unit, to = round_up(high - first, unit);
+        return {from, to, whole && from == low - first && to == high - first};
+    }
+
+    // Narrows [low, high) to what some row sees by visible(row, column - low); returns whether all of them see all of
+    // what is left.
+    template <typename Visible>
+    static bool trim(int64_t rows, int64_t& low, int64_t& high, const Visible& visible) {
+        const int64_t n = high - low;
+        uint8_t any[kMaxTileColumns] = {}, all[kMaxTileColumns];
+        std::fill(all, all + n, uint8_t(1));
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t c = 0; c < n; ++c) any[c] |= visible(r, c), all[c] &= visible(r, c);
+        }
+        int64_t from = 0, to = std::max<int64_t>(n, 0);
+        while (from < to && !any[from]) ++from;
+        while (from < to && !any[to - 1]) --to;
+        high = low + to, low += from;
+        return std::all_of(all + from, all + to, [](uint8_t x) { return x != 0; });
+    }
+
+    // One row of a score tile in place: t for columns [first, last) of the row, -inf where window, prefix, segment or
+    // mask hide them. s points at column `first`. slope: with a softcap, receives cap's derivative; or null.
+    template <bool transposed>
+    void finish_row(C* s, const Entry& e, int64_t h, int64_t row, int64_t first, int64_t last,
+                    C* slope = nullptr) const {
+        const int64_t b = e.b;
+        int64_t low = transposed ? e.query_low(row) : e.key_low(row);
+        int64_t high = transposed ? e.query_high(row) : e.key_high(row);
         low = std::clamp(low, first, last), high = std::clamp(high, low, last);
-        for (int64_t c = first; c < low; ++c) s[c - first] = -kInfinity<C>;
-        for (int64_t c = high; c < last; ++c) s[c - first] = -kInfinity<C>;
+        std::fill(s, s + (low - first), -kInfinity<C>);
+        std::fill(s + (high - first), s + (last - first), -kInfinity<C>);
+        if (slope != nullptr) std::fill(slope, slope + (last - first), C(0)), slope += low - first;
         s += low - first;
         const int64_t n = high - low;
-        if (p.bias.data == nullptr) {
-            for (int64_t c = 0; c < n; ++c) s[c] *= scale;
+        if (p.softcap != 0) {
+            cap(s, n, slope);
         } else {
+            for (int64_t c = 0; c < n; ++c) s[c] *= scale;
+        }
+        if (p.alibi_slopes.data != nullptr) {
+            const C per_key =
+                static_cast<C>(p.alibi_slopes.data[b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]]);
+            // The distance |i + offset - j|, whichever of i and j runs along the row.
+            const int64_t start = transposed ? low + e.offset - row : low - e.offset - row;
+            for (int64_t c = 0; c < n; ++c) s[c] -= per_key * std::fabs(static_cast<C>(start + c));
+        }
+        if (p.bias.data != nullptr) {
             switch (p.bias_dtype) {
                 case DType::kFloat16:
                     add_bias<Half, transposed>(s, b, h, row, low, n);
@@ -55,6 +184,17 @@ struct Scores {
                     add_bias<double, transposed>(s, b, h, row, low, n);
                     break;
             }
+        }
+        if (!transposed && e.prefix > 0) {
+            const int64_t from = std::clamp(e.prefix, low, high), to = std::clamp(e.window_low(row), from, high);
+            std::fill(s + (from - low), s + (to - low), -kInfinity<C>);
+        }
+        if (p.q_segments.data != nullptr) {
+            const Table<int32_t>&of_row = transposed ? p.k_segments : p.q_segments,
+                  &of_columns = transposed ? p.q_segments : p.k_segments;
+            const int32_t mine = of_row.data[b * of_row.stride[0] + row * of_row.stride[1]];
+            const int32_t* theirs = of_columns.data + b * of_columns.stride[0] + low * of_columns.stride[1];
+            for (int64_t c = 0; c < n; ++c) s[c] = theirs[c * of_columns.stride[1]] == mine ? s[c] : -kInfinity<C>;
         }
         if (p.mask.data != nullptr) {
             const int64_t step = p.mask.stride[transposed ? 2 : 3];
@@ -82,7 +222,22 @@ struct Scores {
         for (int64_t c = 0; c < n; ++c) {
             const C add = static_cast<C>(widen(bias[c * step]));
             // The product of an unseen NaN key must not outlive a bias of -inf.
-            s[c] = add == -kInfinity<C> ? add : s[c] * scale + add;
+            s[c] = add == -kInfinity<C> ? add : s[c] + add;
+        }
+    }
+
+    void cap(C* s, int64_t n, C* slope) const {
+        const C softcap = static_cast<C>(p.softcap), inner = static_cast<C>(p.softmax_scale / p.softcap);
+        for (int64_t c = 0; c < n; c += kLanes<C>) {
+            C block[kLanes<C>] = {};
+            const size_t bytes = static_cast<size_t>(std::min<int64_t>(kLanes<C>, n - c)) * sizeof(C);
+            std::memcpy(block, s + c, bytes);
+            const Vector<C> t = tanh<C>(load<C>(block) * splat(inner));
+            store<C>(block, t * splat(softcap));
+            std::memcpy(s + c, block, bytes);
+            if (slope == nullptr) continue;
+            store<C>(block, splat(C(1)) - t * t);
+            std::memcpy(slope + c, block, bytes);
         }
     }
 };
@@ -115,6 +270,21 @@ inline void dropout_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t
             const Philox random(seed, static_cast<uint64_t>(j4), static_cast<uint64_t>(i), bh);
             for (int64_t j = std::max(j0, j4 * 4); j < std::min(j1, j4 * 4 + 4); ++j) {
                 keep[(i - i0) * stride + (j - j0)] = random.word[j % 4] >= p.dropout_threshold;
+            }
+        }
+    }
+}
+
+// The same, transposed: keep[j - j0][i - i0].
+inline void dropout_tile_transposed(const AttentionParams& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0,
+                                    int64_t j1, uint8_t* keep, int64_t stride) {
+    const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
+    const uint64_t bh = static_cast<uint64_t>(b * p.heads_q + h);
+    for (int64_t i = i0; i < i1; ++i) {
+        for (int64_t j4 = j0 / 4; j4 * 4 < j1; ++j4) {
+            const Philox random(seed, static_cast<uint64_t>(j4), static_cast<uint64_t>(i), bh);
+            for (int64_t j = std::max(j0, j4 * 4); j < std::min(j1, j4 * 4 + 4); ++j) {
+                keep[(j - j0) * stride + (i - i0)] = random.word[j % 4] >= p.dropout_threshold;
             }
         }
     }

@@ -46,13 +46,7 @@ public:
         }
         wake_.notify_all();
         work(0);
-        for (int spin = 0; pending_.load(std::memory_order_acquire) != 0; ++spin) {
-            if (spin < kSpins) {
-                pause();
-            } else {
-                std::this_thread::yield();
-            }
-        }
+        for (int spin = 0; pending_.load(std::memory_order_acquire) != 0; ++spin) wait_a_little(spin);
         if (error_) std::rethrow_exception(error_);
     }
 
@@ -114,6 +108,14 @@ Pool& current_pool() {
 }
 
 }  // namespace
+
+void wait_a_little(int spin) {
+    if (spin < kSpins) {
+        pause();
+    } else {
+        std::this_thread::yield();
+    }
+}
 
 void parallel_for(int64_t num_threads, int64_t items, const std::function<void(int64_t, int64_t)>& body) {
     current_pool().run(num_threads, items, body);

@@ -11,4 +11,7 @@ namespace fastattn::cpu {
 // When another Python thread has the pool, or after a fork before a new pool is up, the caller does the work alone.
 void parallel_for(int64_t num_threads, int64_t items, const std::function<void(int64_t, int64_t)>& body);
 
+// What a loop that waits for another worker does in its `spin`th round.
+void wait_a_little(int spin);
+
 }  // namespace fastattn::cpu

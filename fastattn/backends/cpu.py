@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse, not_yet
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse
 from fastattn.backends.native import DTYPE_CODES, backward_arguments, forward_arguments
 from fastattn.spec import AttentionSpec
 
@@ -31,7 +31,7 @@ class CpuBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = not_yet(spec)
+        reasons = []
         if torch.device(spec.device).type != "cpu":
             reasons.append(f"device {spec.device}: this backend runs on the CPU")
         if spec.dtype not in DTYPE_CODES:

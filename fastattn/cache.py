@@ -1,0 +1,343 @@
+"""Attention to a cache of keys and values, for decoding: appended in place, dense or paged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import checks, ops
+from fastattn.call import Ragged, combine_window, prepare_ragged, shaping
+from fastattn.spec import Window, check_shapes, check_tensors
+from fastattn.validate import check_block_table, check_integers, check_length
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of the first ``rotary_dim`` features.
+
+    Pair ``n`` of features, ``(2n, 2n + 1)`` when ``interleaved``, else ``(n, n + rotary_dim / 2)``, is turned by its
+    angle: ``(a cos - b sin, a sin + b cos)``, computed in float32 (float64 for float64 inputs).
+
+    Args:
+        x: ``(batch, heads, seq, head_dim)``.
+        cos, sin: ``(batch or 1, seq, rotary_dim / 2)``, of the angles at each position.
+    """
+    half = cos.shape[-1]
+    if 2 * half > x.shape[3] or cos.shape != sin.shape:
+        raise ValueError(
+            f"rotary cos and sin must have one shape and at most head_dim / 2 = {x.shape[3] // 2} columns; got "
+            f"{tuple(cos.shape)}, {tuple(sin.shape)}"
+        )
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    cos, sin = (y.to(wide).unsqueeze(1) for y in (cos, sin))
+    turned = x[..., : 2 * half].to(wide)
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.split(half, dim=-1)
+    pair = a * cos - b * sin, a * sin + b * cos
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], dim=-1)
+
+
+def append(cache: Tensor, new: Tensor, lengths: int | Tensor, block_table: Tensor | None = None) -> None:
+    """Write ``new (batch, heads, n, dim)`` behind the ``lengths`` rows that each sequence of ``cache`` holds, in place.
+
+    ``cache`` is ``(batch, heads, capacity, dim)``, or ``(num_pages, heads, page_size, dim)`` with a ``block_table``.
+    """
+    count = new.shape[2]
+    if block_table is None and not isinstance(lengths, Tensor):
+        cache[:, :, lengths : lengths + count].copy_(new)
+        return
+    rows = torch.arange(count, device=new.device)
+    rows = (rows + (lengths[:, None] if isinstance(lengths, Tensor) else lengths)).expand(new.shape[0], count).long()
+    if block_table is None:
+        first = torch.arange(new.shape[0], device=new.device)[:, None].expand(rows.shape)
+    else:
+        first, rows = block_table.gather(1, rows // cache.shape[2]).long(), rows % cache.shape[2]
+    cache.transpose(1, 2).index_put_((first, rows), new.transpose(1, 2))
+
+
+def attention_with_kv_cache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries to a cache, to which new keys and values may be appended first, in place.
+
+    Sequence ``b`` holds ``cache_seqlens[b]`` keys before the call, and ``cache_seqlens[b] + seq_new`` during it;
+    ``cache_seqlens`` itself is not changed. ``causal`` and ``window`` are aligned to the last key of each sequence.
+
+    Args:
+        query: ``(batch, heads_q, seq_q, head_dim_qk)``; a few queries (speculative decoding) or many (prefill).
+        key_cache: ``(batch, heads_k, capacity, head_dim_qk)``, any strides; with ``block_table``
+            ``(num_pages, heads_k, page_size, head_dim_qk)``, any page size.
+        value_cache: likewise, with ``head_dim_v``.
+        key, value: ``(batch, heads_k, seq_new, head_dim)``, appended; both or neither.
+        cache_seqlens: keys in the cache: an int, or integers ``(batch,)``. Default: all of a dense cache when nothing
+            is appended; needed otherwise.
+        leftpad_k: integers ``(batch,)``: the first keys of each sequence that are padding, invisible.
+        block_table: int32 ``(batch, pages)``: key ``j`` of sequence ``b`` is row ``j % page_size`` of page
+            ``block_table[b, j // page_size]``.
+        rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``: turn the appended keys, at their positions in the
+            cache, and the queries: at ``cache_seqlens + i`` when causal or windowed, else all at ``cache_seqlens``.
+        rotary_interleaved: pairs of features are neighbours; False: the first half with the second. Default: True.
+        mask, bias, causal, window, softmax_scale, softcap, alibi_slopes, sinks, prefix_lens, return_lse, backend: as
+            in :func:`fastattn.attention`; masks broadcast to ``(batch, heads_q, seq_q, capacity)``.
+        num_splits: parts that the keys are split into, computed side by side; 0: the kernel chooses. Changes speed
+            and rounding, not meaning.
+
+    Returns:
+        ``(batch, heads_q, seq_q, head_dim_v)``; with ``return_lse`` also ``(batch, heads_q, seq_q)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastattn.attention`; also when the cache is too short (as far as that can be
+            told without its lengths: see :func:`fastattn.debug_checks`), or an input asks for a gradient while keys
+            are appended or paged.
+    """
+    check_tensors(query, key_cache, value_cache)
+    for name, x in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}")
+    check_shapes(query, key_cache, value_cache)
+    batch, capacity = query.shape[0], key_cache.shape[2]
+    if block_table is not None:
+        check_block_table(block_table, query, batch)
+        capacity *= block_table.shape[1]
+    elif key_cache.shape[0] != batch:
+        raise ValueError(f"the cache must have the query's batch {batch}, got {tuple(key_cache.shape)}")
+    lengths = _lengths(cache_seqlens, query, batch, capacity, appends=key is not None, paged=block_table is not None)
+    if leftpad_k is not None:
+        check_integers("leftpad_k", leftpad_k, query, (batch,))
+        leftpad_k = leftpad_k.to(torch.int32).expand(batch)
+    used = lengths
+    if rotary_cos is not None or rotary_sin is not None:
+        query, key = _rotate(query, key, lengths, rotary_cos, rotary_sin, rotary_interleaved, causal or window)
+    if key is not None or value is not None:
+        _check_new(query, key_cache, value_cache, key, value)
+        assert key is not None and value is not None
+        used = lengths + key.shape[2]
+        _check_room(lengths, key.shape[2], capacity)
+        append(key_cache, key, lengths, block_table)
+        append(value_cache, value, lengths, block_table)
+    if block_table is None and not isinstance(used, Tensor):
+        key_cache, value_cache = key_cache[:, :, :used], value_cache[:, :, :used]
+        seqused, capacity = None, used
+    else:
+        seqused = (
+            used.to(torch.int32) if isinstance(used, Tensor) else query.new_full((batch,), used, dtype=torch.int32)
+        )
+    arguments = prepare_ragged(
+        query,
+        key_cache,
+        value_cache,
+        Ragged(None, None, seqused, leftpad_k, block_table, 0, capacity, check_length("num_splits", num_splits)),
+        mask,
+        bias,
+        combine_window(causal, window),
+        None,
+        softmax_scale,
+        0.0,
+        None,
+        backend,
+        shaping(softcap, alibi_slopes, sinks, prefix_lens=prefix_lens),
+    )
+    out, lse = ops.run_forward(*arguments[:6], *arguments.call)
+    return (out, lse) if return_lse else out
+
+
+def _lengths(
+    cache_seqlens: int | Tensor | None, q: Tensor, batch: int, capacity: int, appends: bool, paged: bool
+) -> int | Tensor:
+    if cache_seqlens is None:
+        if appends or paged:
+            raise ValueError("cache_seqlens is needed to append to a cache or to read a paged one")
+        return capacity
+    if isinstance(cache_seqlens, Tensor):
+        check_integers("cache_seqlens", cache_seqlens, q, (batch,))
+        return cache_seqlens.expand(batch)
+    return check_length("cache_seqlens", cache_seqlens)
+
+
+def _check_new(q: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor | None, value: Tensor | None) -> None:
+    if key is None or value is None:
+        raise ValueError("key and value are appended together; got one of them")
+    for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        expected = (q.shape[0], cache.shape[1], key.shape[2], cache.shape[3])
+        if tuple(x.shape) != expected or x.dtype != cache.dtype or x.device != cache.device:
+            raise ValueError(
+                f"{name} must be {expected} of {cache.dtype} on {cache.device}, like its cache {tuple(cache.shape)}; "
+                f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
+            )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, key, value, key_cache, value_cache)):
+        raise ValueError("appending to a cache in place has no gradient: call it under torch.no_grad()")
+
+
+def _check_room(lengths: int | Tensor, new: int, capacity: int) -> None:
+    if not isinstance(lengths, Tensor):
+        if lengths + new > capacity:
+            raise ValueError(f"the cache has room for {capacity} keys: {lengths} used, {new} new")
+    elif checks.enabled():
+        checks.check_lengths(
+            "cache_seqlens", lengths, capacity - new, f"to leave room for {new} new keys of {capacity}"
+        )
+
+
+def _rotate(
+    q: Tensor,
+    k: Tensor | None,
+    lengths: int | Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    moves: object,
+) -> tuple[Tensor, Tensor | None]:
+    if cos is None or sin is None or cos.dim() != 2 or cos.shape != sin.shape:
+        raise ValueError("rotary_cos and rotary_sin must both be given, in one shape (positions, rotary_dim / 2)")
+    start = lengths[:, None].long() if isinstance(lengths, Tensor) else lengths
+
+    def at(count: int, step: int) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(count, device=q.device) * step + start
+        positions = positions if positions.dim() == 2 else positions[None]
+        return cos[positions], sin[positions]
+
+    q = apply_rotary(q, *at(q.shape[2], 1 if moves else 0), interleaved)
+    return q, k if k is None else apply_rotary(k, *at(k.shape[2], 1), interleaved)
+
+
+class KVCache:
+    """Keys and values of one attention layer, a sequence per batch entry, each as long as it is.
+
+    Args:
+        batch, heads_k, capacity, head_dim: sizes; ``capacity`` keys per sequence.
+        head_dim_v: of the values. Default: ``head_dim``.
+        dtype, device: as for :func:`torch.empty`.
+
+    Attributes:
+        key, value: ``(batch, heads_k, capacity, head_dim)``.
+        lengths: int32 ``(batch,)``: keys held. Set an entry to go back or to start a sequence anew.
+    """
+
+    block_table: Tensor | None = None
+
+    def __init__(
+        self,
+        batch: int,
+        heads_k: int,
+        capacity: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
+        dim_v = head_dim if head_dim_v is None else head_dim_v
+        self.key = torch.zeros(batch, capacity, heads_k, head_dim, **like).transpose(1, 2)
+        self.value = torch.zeros(batch, capacity, heads_k, dim_v, **like).transpose(1, 2)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.capacity = capacity
+        self._most = 0  # keys of the longest sequence: an upper bound that needs no look at the device
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` keys in every sequence, or raise ValueError."""
+        if self._most + new > self.capacity:
+            self._most = int(self.lengths.max())
+        if self._most + new > self.capacity:
+            raise ValueError(f"the cache has room for {self.capacity} keys: {self._most} used, {new} new")
+        self._most += new
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Append ``key`` and ``value`` and attend to all; arguments of :func:`attention_with_kv_cache`."""
+        with torch.no_grad():
+            self.reserve(key.shape[2])
+            options = {"causal": True, "block_table": self.block_table, **options}
+            result = attention_with_kv_cache(
+                query, self.key, self.value, key, value, cache_seqlens=self.lengths, **options
+            )
+            self.lengths += key.shape[2]
+        return result
+
+
+class PagedKVCache(KVCache):
+    """The same in pages that sequences take from a common store as they grow, and give back when they end.
+
+    Args:
+        batch, heads_k, head_dim, head_dim_v, dtype, device: as :class:`KVCache`.
+        num_pages: pages in the store.
+        page_size: keys to a page.
+        max_pages: of one sequence. Default: ``num_pages``.
+
+    Attributes:
+        key, value: ``(num_pages, heads_k, page_size, head_dim)``.
+        block_table: int32 ``(batch, max_pages)``; entries not in use are 0.
+        lengths: int32 ``(batch,)``: keys held.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads_k: int,
+        num_pages: int,
+        page_size: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        *,
+        max_pages: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_pages, heads_k, page_size, head_dim, head_dim_v, dtype=dtype, device=device)
+        max_pages = num_pages if max_pages is None else max_pages
+        self.page_size, self.capacity = page_size, max_pages * page_size
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(batch, max_pages, dtype=torch.int32, device=device)
+        self._free = list(range(num_pages))[::-1]
+        self._held: list[list[int]] = [[] for _ in range(batch)]
+        self._used = [0] * batch
+
+    def reserve(self, new: int) -> None:
+        assert self.block_table is not None
+        needed = [
+            -(-(used + new) // self.page_size) - len(held) for used, held in zip(self._used, self._held, strict=True)
+        ]
+        longest = max(self._used, default=0) + new
+        if longest > self.capacity:
+            raise ValueError(f"a sequence has room for {self.capacity} keys: {longest - new} used, {new} new")
+        if sum(needed) > len(self._free):
+            raise ValueError(f"{new} new keys need {sum(needed)} pages, {len(self._free)} are free")
+        for b, count in enumerate(needed):
+            pages = [self._free.pop() for _ in range(count)]
+            if pages:
+                start = len(self._held[b])
+                filled = torch.tensor(pages, dtype=torch.int32, device=self.block_table.device)
+                self.block_table[b, start : start + count] = filled
+                self._held[b] += pages
+        self._used = [used + new for used in self._used]
+
+    def free(self, b: int) -> None:
+        """Give back the pages of sequence ``b``, which is then empty."""
+        assert self.block_table is not None
+        self._free += self._held[b][::-1]
+        self._held[b], self._used[b] = [], 0
+        self.block_table[b] = 0
+        self.lengths[b] = 0

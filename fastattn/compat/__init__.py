@@ -1,0 +1,1 @@
+"""Other packages' attention functions, argument for argument, on fastattn's kernels."""

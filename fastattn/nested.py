@@ -1,0 +1,52 @@
+"""NestedTensors in jagged layout: sequences packed one behind the other, as torch holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.packed import attention_varlen
+
+
+def is_nested(*tensors: object) -> bool:
+    return any(isinstance(x, Tensor) and x.is_nested for x in tensors)
+
+
+def _jagged(name: str, x: Any, ragged_dim: int) -> Any:
+    """``x`` without holes, or an error unless it is jagged in dimension ``ragged_dim``."""
+    if not x.is_nested or x.layout is not torch.jagged:
+        kind = "a NestedTensor in strided layout" if x.is_nested else "a dense tensor"
+        raise NotImplementedError(
+            f"{name} is {kind}: query, key and value must all be NestedTensors with layout=torch.jagged, or all dense"
+        )
+    if x._ragged_idx != ragged_dim:
+        raise ValueError(f"{name} must be jagged in dimension {ragged_dim}, got {x._ragged_idx}")
+    return x.contiguous() if x.lengths() is not None else x
+
+
+def attention_nested(query: Any, key: Any, value: Any, **options: Any) -> Any:
+    """:func:`fastattn.attention` of jagged ``(batch, heads, seq*, head_dim)``; an output like the query.
+
+    Such a tensor is ``torch.nested.nested_tensor(..., layout=torch.jagged)`` of ``(batch, seq*, heads, head_dim)``,
+    transposed. ``return_lse`` gives ``(batch, heads, seq*)``, jagged as well.
+    """
+    named = (("query", query), ("key", key), ("value", value))
+    for name, x in named:
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got {x.dim()} dimensions")
+    q, k, v = (_jagged(name, x, 2).transpose(1, 2) for name, x in named)
+    of_q, of_k = q.offsets().to(torch.int32), k.offsets().to(torch.int32)
+    if k.offsets() is not v.offsets() and not torch.equal(k.offsets(), v.offsets()):
+        raise ValueError("key and value must have the same sequence lengths")
+    return_lse = options.pop("return_lse", False)
+    of_k = of_q if k.offsets() is q.offsets() else of_k
+    out, lse = attention_varlen(q.values(), k.values(), v.values(), of_q, of_k, return_lse=True, **options)
+    out = like(q, out).transpose(1, 2)
+    return (out, like(q, lse.transpose(0, 1)).transpose(1, 2)) if return_lse else out
+
+
+def like(x: Any, values: Tensor) -> Tensor:
+    """A jagged tensor of other values with the sequence lengths of ``x``; torch knows that they are the same."""
+    return torch.nested.nested_tensor_from_jagged(values, offsets=x.offsets())

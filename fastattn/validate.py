@@ -1,0 +1,102 @@
+"""Checks of the arguments that shape scores and of those that give sequences their lengths."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import SUPPORTED_DTYPES, dtype_names
+
+
+def check_softcap(softcap: float) -> None:
+    """Raise unless the softcap is a finite number, 0 (none) or more."""
+    if isinstance(softcap, (Tensor, bool)) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be 0 (none) or a positive finite number, got {softcap}")
+
+
+def _check_dense(name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_quantized:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the query's device {q.device}, got {x.device}")
+
+
+def check_slopes(slopes: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless ``alibi_slopes`` is ``(heads_q,)`` or ``expected``, ``(*batch, heads_q)``, and asks no gradient."""
+    _check_dense("alibi_slopes", slopes, q)
+    if slopes.dtype not in SUPPORTED_DTYPES[:3]:
+        raise TypeError(f"alibi_slopes must be of dtype {dtype_names(SUPPORTED_DTYPES[:3])}, got {slopes.dtype}")
+    if tuple(slopes.shape) not in (expected[-1:], expected):
+        raise ValueError(
+            f"alibi_slopes must have shape (heads_q,) = {expected[-1:]} or (batch, heads_q) = {expected}, "
+            f"got {tuple(slopes.shape)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a bias, which has one")
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """Raise unless ``sinks`` is ``(heads_q,)``, of a type that lse holds exactly."""
+    _check_dense("sinks", sinks, q)
+    accepted = SUPPORTED_DTYPES if q.dtype is torch.float64 else SUPPORTED_DTYPES[:3]
+    if sinks.dtype not in accepted:
+        raise TypeError(
+            f"sinks must be of dtype {dtype_names(accepted)}, got {str(sinks.dtype).removeprefix('torch.')}"
+        )
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must have shape (heads_q,) = ({q.shape[1]},), got {tuple(sinks.shape)}")
+
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def check_integers(name: str, x: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless ``x`` holds integers and broadcasts to ``expected`` (but not in its last dimension)."""
+    _check_dense(name, x, q)
+    if x.dtype not in _INTEGERS:
+        raise TypeError(
+            f"{name} must hold integers ({dtype_names(_INTEGERS)}), got {str(x.dtype).removeprefix('torch.')}"
+        )
+    fits = x.dim() <= len(expected) and all(
+        have in (1, want) for have, want in zip(reversed(x.shape), reversed(expected), strict=False)
+    )
+    if not fits or (x.dim() > 1 and x.shape[-1] != expected[-1]):
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_cu_seqlens(name: str, x: Tensor, q: Tensor, batch: int | None) -> None:
+    """Raise unless ``x`` is int32 ``(batch + 1,)`` on the query's device."""
+    _check_dense(name, x, q)
+    if x.dtype is not torch.int32:
+        raise TypeError(f"{name} must be int32, got {dtype_names((x.dtype,))}")
+    if x.dim() != 1 or x.shape[0] == 0 or (batch is not None and x.shape[0] != batch + 1):
+        expected = "(batch + 1,)" if batch is None else f"(batch + 1,) = ({batch + 1},)"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_length(name: str, x: int) -> int:
+    """``x``, or an error unless it is an integer of at least 0."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {x!r}")
+    if x < 0:
+        raise ValueError(f"{name} must be at least 0, got {x}")
+    return x
+
+
+def check_block_table(block_table: Tensor, q: Tensor, batch: int) -> None:
+    """Raise unless ``block_table`` is int32 ``(batch, pages)`` on the query's device."""
+    if not isinstance(block_table, Tensor) or block_table.dtype is not torch.int32:
+        got = block_table.dtype if isinstance(block_table, Tensor) else type(block_table).__name__
+        raise TypeError(f"block_table must be an int32 tensor, got {got}")
+    if block_table.device != q.device:
+        raise ValueError(f"block_table must be on the query's device {q.device}, got {block_table.device}")
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise ValueError(
+            f"block_table must have shape (batch, pages) = ({batch}, pages), got {tuple(block_table.shape)}"
+        )

@@ -1,0 +1,168 @@
+"""What attention looked at: its weights, recomputed from the log-sum-exp, and statistics of them without the matrix."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.backends.base import Tensors
+from fastattn.call import Arguments, combine_window, prepare, shaping, unfold
+from fastattn.spec import Window
+from fastattn.validate import check_length
+
+
+def _block(a: Arguments, lse: Tensor, rows: slice, heads: slice = slice(None)) -> Tensor:
+    """``exp(scores - lse)`` of some queries and heads, before dropout: ``(batch, heads, rows, seq_k)``."""
+    t = Tensors(*a[:5], *a.others)
+    scale, left, right, diagonal, *_ = a.call
+    softcap = a.call[8] if len(a.call) > 8 else 0.0
+    seqlen_q, seqlen_k = t.q.shape[2], t.k.shape[2]
+    start, stop, _ = rows.indices(seqlen_q)
+
+    def some(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x if x.shape[1] == 1 else x[:, heads]
+        return x if x.shape[2] == 1 else x[:, :, rows]
+
+    mask, bias = some(t.mask), some(t.bias)
+    slopes = None if t.alibi_slopes is None else t.alibi_slopes[..., heads]
+    wide = torch.float64 if t.q.dtype is torch.float64 else torch.float32
+    visible = reference.visible_keys(
+        stop - start,
+        seqlen_k,
+        (left, right),
+        diagonal + start,
+        mask,
+        bias,
+        t.q.device,
+        q_segments=None if t.q_segments is None else t.q_segments[:, rows],
+        k_segments=t.k_segments,
+        prefix_lens=t.prefix_lens,
+    )
+    with torch.autocast(t.q.device.type, enabled=False):
+        q, k = t.q[:, heads, rows].to(wide), reference.repeat_heads(t.k.to(wide), t.q.shape[1])[:, heads]
+        s = reference.scores(q, k, visible, bias, scale, softcap, slopes, diagonal + start)
+        return reference.weights_from_lse(s, lse.reshape(t.q.shape[:3])[:, heads, rows])
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    offset: int | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    average_heads: bool = False,
+) -> Tensor:
+    """The attention matrix of an :func:`fastattn.attention` call, recomputed from its lse: ``exp(scores - lse)``.
+
+    No second softmax is taken; the result holds ``seq_q · seq_k`` numbers per head, or for all heads together, and is
+    differentiable in query, key, bias and lse. Sinks are in lse: with them, rows sum to less than 1.
+
+    Args:
+        query: ``(..., heads_q, seq_q, head_dim_qk)``.
+        key: ``(..., heads_k, seq_k, head_dim_qk)``.
+        lse: ``(..., heads_q, seq_q)``, as ``attention(..., return_lse=True)`` returns it.
+        mask, bias, causal, window, offset, softmax_scale, softcap, alibi_slopes, q_segments, k_segments, prefix_lens:
+            as given to :func:`fastattn.attention`.
+        sinks: accepted, to take the same arguments; what they do is in lse.
+        dropout_p, dropout_seed: likewise; the weights are then those after dropout. The seed must be given.
+        average_heads: the mean over heads, summed up one head at a time. Default: False.
+
+    Returns:
+        ``(..., heads_q, seq_q, seq_k)``, averaged ``(..., seq_q, seq_k)``, in the query's dtype; rows that see nothing
+        are 0.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastattn.attention`; also when dropout comes without its seed.
+    """
+    if dropout_p and dropout_seed is None:
+        raise ValueError("dropout_p > 0 needs the dropout_seed of the attention call whose weights these are")
+    shaped = shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
+    both = combine_window(causal, window)
+    arguments, batch = prepare(
+        query, key, key, mask, bias, both, offset, softmax_scale, dropout_p, dropout_seed, None, shaped
+    )
+    q, k, seed = arguments.q, arguments.k, arguments.others[1] if arguments.others else None
+    keep = None
+    if seed is not None:
+        keep = reference.dropout_keep(q.shape[0], q.shape[1], q.shape[2], k.shape[2], dropout_p, seed)
+
+    def weights(heads: slice) -> Tensor:
+        p = _block(arguments, lse, slice(None), heads)
+        if keep is None:
+            return p
+        return torch.where(keep[:, heads], p / (1 - dropout_p), 0) if dropout_p < 1 else torch.zeros_like(p)
+
+    if not average_heads:
+        return unfold(weights(slice(None)).to(q.dtype), query, batch)
+    number = q.shape[1]
+    total = sum((weights(slice(h, h + 1)) for h in range(number)), start=torch.zeros((), device=q.device))
+    return unfold((total / number).to(q.dtype), query, batch).squeeze(-3)
+
+
+class AttentionStatistics(NamedTuple):
+    """What :func:`attention_statistics` returns."""
+
+    key_mass: Tensor  #: (..., heads_q, seq_k): the weight each key received, summed over queries
+    top_weights: Tensor | None  #: (..., heads_q, seq_q, top_k), in falling order
+    top_keys: Tensor | None  #: (..., heads_q, seq_q, top_k), int64; where the weight is 0 the key means nothing
+
+
+def attention_statistics(
+    query: Tensor, key: Tensor, lse: Tensor, *, top_k: int = 0, block: int = 128, **options: Any
+) -> AttentionStatistics:
+    """Per-key attention mass and the top keys of each query, without ever holding the attention matrix.
+
+    Queries are taken ``block`` at a time: memory is ``batch · heads_q · block · seq_k`` beside the result. Weights are
+    those before dropout; nothing here has a gradient.
+
+    Args:
+        query, key, lse: as :func:`attention_weights`.
+        top_k: how many keys to name per query; 0: none. At most ``seq_k``.
+        block: queries at a time. Default: 128.
+        options: mask, bias, causal, ... of the :func:`fastattn.attention` call, except dropout.
+
+    Raises:
+        TypeError, ValueError: as :func:`attention_weights`.
+    """
+    both = combine_window(options.pop("causal", False), options.pop("window", None))
+    names = ("softcap", "alibi_slopes", "sinks", "q_segments", "k_segments", "prefix_lens")
+    shaped = shaping(*(options.pop(name, None) for name in names))
+    plain = [options.pop(name, None) for name in ("mask", "bias", "offset", "softmax_scale")]
+    if options:
+        raise TypeError(f"attention_statistics does not take {', '.join(options)}")
+    check_length("top_k", top_k)
+    with torch.no_grad():
+        arguments, batch = prepare(
+            query, key, key, plain[0], plain[1], both, plain[2], plain[3], 0.0, None, None, shaped
+        )
+        seqlen_q, seqlen_k = arguments.q.shape[2], arguments.k.shape[2]
+        if top_k > seqlen_k:
+            raise ValueError(f"top_k must be at most the {seqlen_k} keys, got {top_k}")
+        mass = torch.zeros(*arguments.q.shape[:2], seqlen_k, dtype=lse.dtype, device=lse.device)
+        found = []
+        for start in range(0, seqlen_q, block):
+            p = _block(arguments, lse, slice(start, min(start + block, seqlen_q)))
+            mass += p.sum(2)
+            if top_k:
+                found.append(p.topk(top_k, dim=-1))
+        parts = [torch.cat(x, dim=2) for x in zip(*found, strict=True)] if found else [None, None]
+    weights, keys = (None if x is None else unfold(x, query, batch) for x in parts)
+    return AttentionStatistics(unfold(mass, query, batch), weights, keys)
