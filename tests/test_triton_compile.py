@@ -73,3 +73,14 @@ def test_every_call_has_a_config() -> None:
     for arch, bits, size, kernel in VARIANTS:
         assert TABLE[arch, bits, size][kernel] not in VARIANTS[arch, bits, size, kernel]
         assert bucket(Features(size, size)) == size
+
+
+def test_tuning_puts_a_variant_in_the_tables_place() -> None:
+    from benchmarks.tune import candidates, in_table
+
+    f = Features(128, 128)
+    table, *variants = candidates("sm_90", 16, 128, "forward")
+    assert config("sm_90", 16, f, "forward") is table and len(variants) > 2
+    with in_table("sm_90", 16, 128, "forward", variants[0]):
+        assert config("sm_90", 16, f, "forward") is config("interpreter", 16, f, "dq") is variants[0]
+    assert config("sm_90", 16, f, "forward") is table

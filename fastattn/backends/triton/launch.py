@@ -37,6 +37,9 @@ class Launch:
     options: dict[str, Any]
 
     def run(self) -> None:
+        if self.arguments.get("DESCRIPTORS") and not INTERPRET:
+            # A kernel that makes descriptors keeps them in memory that Triton asks of its caller.
+            triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
         self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
