@@ -4,6 +4,7 @@
     python -m benchmarks check --text book.txt      the check alone, on a text of your own
     python -m benchmarks attention calls            some suites
     python -m benchmarks report results.json        tables and plot anew from rows
+    python -m benchmarks tune                       Triton's configs and variants, on a GPU, beside torch's kernels
 
 Exits with 1 if a check fails.
 """
@@ -39,6 +40,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if len(parsed.what) == 1:
             parser.error("report needs a results.json")
         return parsed
+    if parsed.what == ["tune"]:
+        return parsed
     unknown = sorted(set(parsed.what) - {*SUITES, "all"})
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(SUITES)} and all")
@@ -56,9 +59,14 @@ def main(arguments: Sequence[str]) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     if options.what[0] == "report":
         return _report(options)
+    device = torch.device(options.device or ("cuda" if gpu else "cpu"))
+    if options.what == ["tune"]:
+        from benchmarks.tune import run as tune
+
+        return tune(options.out or Path(__file__).parent / "out", device, options.quick, list(arguments))
     from benchmarks.session import run
 
-    return run(options, torch.device(options.device or ("cuda" if gpu else "cpu")), arguments)
+    return run(options, device, arguments)
 
 
 def _report(options: argparse.Namespace) -> int:

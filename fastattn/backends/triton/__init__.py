@@ -4,8 +4,8 @@ Importing this package imports no Triton. A call goes ``TritonBackend.forward`` 
 ``forward.forward_kernel``. ``configs`` holds what kernels are compiled for and their tile sizes, ``sequences`` where
 sequences lie and which tiles see each other, ``scores`` the shaping of scores, ``tiles`` loads, stores and products.
 
-Every program owns what it writes: nothing is atomic and every result is bitwise reproducible. A feature that a call does
-not use is not in its kernel, and no size but the head dims is: kernels are compiled once per set of features.
+Every program owns what it writes: nothing is atomic and every result is bitwise reproducible. A feature that a call
+does not use is not in its kernel, and no size but the head dims is: kernels are compiled once per set of features.
 """
 
 from __future__ import annotations

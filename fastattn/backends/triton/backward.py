@@ -83,7 +83,7 @@ def load_statistics(lse, delta, b, h, i, seq, sizes, F: tl.constexpr):
 def gradient(
     qk, dp, row_lse, row_delta, keep, rows, j, b, seq, x, sizes, scales, F: tl.constexpr, EDGE: tl.constexpr
 ):  # fmt: skip
-    """M P, dS, dS C and visibility of one tile, in the orientation of ``qk``; ``row_lse`` and ``row_delta`` broadcast."""
+    """M P, dS, dS C and visibility of a tile, in the orientation of ``qk``; ``row_lse`` and ``row_delta`` broadcast."""
     s, visible, steepness = scores(qk, rows, j, b, seq, x, sizes, scales, F, EDGE)
     p = exponential(s - row_lse, F)
     if EDGE or F.HIDDEN:
@@ -218,7 +218,8 @@ def dkdv_kernel(
 
 @triton.jit
 def _dq_keys(
-    dq, first, last, gap, q_tile, do, row_lse, row_delta, k, v, k_described, v_described, rows, b, seq, x, sizes, scales,
+    dq, first, last, gap, q_tile, do, row_lse, row_delta, k, v, k_described, v_described, rows, b, seq, x,
+    sizes, scales,
     F: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq (BLOCK_M, D) what the keys [0, gap) and [first, last) contribute."""

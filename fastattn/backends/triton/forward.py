@@ -1,8 +1,8 @@
 """The forward kernels: an online softmax over the tiles of keys that a tile of queries sees, whole or in splits.
 
 Where some key is invisible to some query, 0 * NaN or 0 * inf may enter a sum that must not see it. The kernels look at
-their sums once, at the end, and mark the tiles that are not finite in ``broken``; a second launch, with CAREFUL, does the
-marked tiles again by :func:`careful_product`. Apart from the launch that costs nothing.
+their sums once, at the end, and mark the tiles that are not finite in ``broken``; a second launch, with CAREFUL, does
+the marked tiles again by :func:`careful_product`. Apart from the launch that costs nothing.
 """
 
 import triton
@@ -109,8 +109,8 @@ def forward_kernel(
     mask,  # Matrix (batch, heads_q, seqlen_q, seqlen_k) of uint8, nonzero = visible, or None
     bias,  # Matrix (batch, heads_q, seqlen_q, seqlen_k), or None
     x,  # Extras
-    out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v); with SPLIT of float32
-    lse,  # (batch, heads_q, seqlen_q) of float32, contiguous; with SPLIT (splits, ...), and so is out
+    out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v); with SPLIT (splits, ...) of float32
+    lse,  # (batch, heads_q, rows_q) of float32, contiguous; with SPLIT (2, splits, ...): maxima, and sums
     broken,  # (splits, rows of programs, tiles of FLAG_BLOCK) uint8: the tile holds NaN or inf; None if not RESTRICTED
     batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
     slopes_step, q_segments_step, k_segments_step, pages_step,
@@ -119,7 +119,8 @@ def forward_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FLAG_BLOCK: tl.constexpr,
+    FLAG_BLOCK: tl.constexpr,  # BLOCK_M and BLOCK_N of the launch without CAREFUL
+    SHARE_BLOCK: tl.constexpr,
     CAREFUL: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -186,12 +187,16 @@ def forward_kernel(
         k_described = describe(k, seq.k_len, BLOCK_N, F.QK)
         v_described = describe(v, seq.k_len, BLOCK_N, F.V)
 
+    # Of the whole tile that a CAREFUL program does a part of: the keys of each split have to be the same.
+    start_m = start_m // FLAG_BLOCK * FLAG_BLOCK
     first = start_m // pack
-    last = tl.minimum((start_m + BLOCK_M - 1) // pack, seq.q_len - 1)
+    last = tl.minimum((start_m + FLAG_BLOCK - 1) // pack, seq.q_len - 1)
     # Packed heads share their mask of keys.
-    gap, begin, full_begin, full_end, end = key_tiles(first, last, b, first_head, seq, x, sizes, BLOCK_M, BLOCK_N, F)
+    gap, begin, full_begin, full_end, end = key_tiles(
+        first, last, b, first_head, seq, x, sizes, FLAG_BLOCK, SHARE_BLOCK, F
+    )
     if SPLIT:
-        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), sizes.splits) * BLOCK_N
+        share = tl.cdiv(tl.cdiv(end - begin, SHARE_BLOCK), sizes.splits) * SHARE_BLOCK
         share_end = begin + (split + 1) * share
         begin += split * share
         full_begin = tl.maximum(full_begin, begin)
@@ -235,14 +240,18 @@ def forward_kernel(
         behind = split * (tl.cast(lines, tl.int64) * sizes.rows_q)
         pointers += behind * F.V.DIM
         own += behind
+        # Their logarithm would not do: next to a maximum of finfo.min or 1e6 a sum is rounded away.
+        tl.store(lse + own, maximum, mask=exists)
+        tl.store(lse + own + sizes.splits * (tl.cast(lines, tl.int64) * sizes.rows_q), total, mask=exists)
+    else:
+        tl.store(lse + own, _log_sum(total, maximum, F), mask=exists)
     store_rows(out, pointers + row * out.stride[2], times(acc, weight[:, None], F.V), exists, F.V)
-    tl.store(lse + own, _log_sum(total, maximum, F), mask=exists)
 
 
-@triton.jit(do_not_specialize=["part_lse", "lse", "sinks", "count", "heads_q", "rows_q", "splits"])
+@triton.jit(do_not_specialize=["statistics", "lse", "sinks", "count", "heads_q", "rows_q", "splits"])
 def combine_kernel(
     parts,  # (splits, rows, head_dim_v) of float32, contiguous; a row is a batch entry, head and query
-    part_lse,  # (splits, rows) of float32, contiguous
+    statistics,  # (2, splits, rows) of float32, contiguous: maxima of scores, sums of exponentials
     out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v)
     lse,  # (rows), contiguous
     sinks,  # (heads_q), or None
@@ -253,7 +262,7 @@ def combine_kernel(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out and lse of rows whose keys were split: means of the parts, weighted by the exponentials of their lse."""
+    """out and lse of rows whose keys were split: means of the parts, weighted by their sums of exponentials."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = row < count
     i = row % rows_q
@@ -261,24 +270,23 @@ def combine_kernel(
     b = row // rows_q // heads_q
     row = row.to(tl.int64)
     count = tl.cast(count, tl.int64)
-    maximum = tl.full((BLOCK,), -INF, tl.float32)
-    if F.SINKS:
-        maximum = tl.load(sinks + h, mask=exists, other=0.0).to(tl.float32)
+    sums = statistics + splits * count
+    acc, total, maximum = zeros(BLOCK, F.V), tl.zeros((BLOCK,), tl.float32), tl.full((BLOCK,), -INF, tl.float32)
     for s in tl.range(0, splits):
-        maximum = tl.maximum(maximum, tl.load(part_lse + s * count + row, mask=exists, other=-INF))
-    pivot = tl.where(maximum == -INF, 0.0, maximum)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if F.SINKS:
-        total = tl.exp2((maximum * 0.0 + tl.load(sinks + h, mask=exists, other=0.0) - pivot) * LOG2E)
-    acc = zeros(BLOCK, F.V)
-    for s in tl.range(0, splits):
-        weight = tl.exp2((tl.load(part_lse + s * count + row, mask=exists, other=-INF) - pivot) * LOG2E)
-        total += weight
+        part_maximum = tl.load(statistics + s * count + row, mask=exists, other=-INF)
+        part_total = tl.load(sums + s * count + row, mask=exists, other=0.0)
         part = load_rows(parts + (s * count + row) * F.V.DIM, 1, exists, F.V, True)
-        acc = plus(acc, times(part, weight[:, None], F.V), F.V)
+        new_maximum = tl.maximum(maximum, part_maximum)
+        pivot = tl.where(new_maximum == -INF, 0.0, new_maximum)
+        shrink = exponential(maximum - pivot, F)
+        weight = part_total * exponential(part_maximum - pivot, F)
+        total = total * shrink + weight
+        acc = plus(times(acc, shrink[:, None], F.V), times(part, weight[:, None], F.V), F.V)
+        maximum = new_maximum
+    if F.SINKS:
+        sink = tl.load(sinks + h, mask=exists, other=0.0)
+        acc, total, maximum = _add_sink((acc, total, maximum), sink if F.BIAS != "none" else sink * LOG2E, F)
     acc = times(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], F.V)
-    pointers = (
-        out.data + b.to(tl.int64) * out.stride[0] + h.to(tl.int64) * out.stride[1] + i.to(tl.int64) * out.stride[2]
-    )
-    store_rows(out, pointers, acc, exists, F.V)
-    tl.store(lse + row, tl.where(total == 0.0, -INF, pivot + tl.log2(total) * LN2), mask=exists)
+    pointers = out.data + b.to(tl.int64) * out.stride[0] + h.to(tl.int64) * out.stride[1]
+    store_rows(out, pointers + i.to(tl.int64) * out.stride[2], acc, exists, F.V)
+    tl.store(lse + row, _log_sum(total, maximum, F), mask=exists)

@@ -37,6 +37,9 @@ class Launch:
     options: dict[str, Any]
 
     def run(self) -> None:
+        if self.arguments.get("DESCRIPTORS") and not INTERPRET:
+            # A kernel that makes descriptors keeps them in memory that Triton asks of its caller.
+            triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
         self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
@@ -148,6 +151,7 @@ def _tiled(
             of_kernel["DESCRIPTORS"] = described and all(_describable(arguments[name].data) for name in "kv")
         if kind == "forward":
             of_kernel["SPECIALIZE"] = tiles.specialize and not careful
+            of_kernel["SHARE_BLOCK"] = c.BLOCK_N
         return Launch(kernel, lines * triton.cdiv(count, owned(tiles)), of_kernel, _options(tiles))
 
     first = launch(c, False)
@@ -294,14 +298,14 @@ def plan_forward(spec: AttentionSpec, arch: str, t: Tensors) -> tuple[Tensor, Te
     """out, lse and the launches that will fill them, in order."""
     how = strategy(spec, arch)
     out, lse = empty_like_layout(t.q, spec.head_dim_v), empty_lse(t.q)
-    part, part_lse = out[None], lse[None]
+    part, statistics = out[None], lse
     if how.splits > 1:
         part = torch.empty((how.splits, *lse.shape, spec.head_dim_v), dtype=torch.float32, device=t.q.device)
-        part_lse = torch.empty((how.splits, *lse.shape), dtype=torch.float32, device=t.q.device)
+        statistics = torch.empty((2, how.splits, *lse.shape), dtype=torch.float32, device=t.q.device)
     arguments = _arguments(spec, t)
     arguments |= {
         "out": _matrix(part[0]),
-        "lse": part_lse,
+        "lse": statistics,
         "splits": how.splits,
         "scales": arguments["scales"]._replace(scores=abs(arguments["scales"].scores)),
         "SPLIT": how.splits > 1,
@@ -311,7 +315,7 @@ def plan_forward(spec: AttentionSpec, arch: str, t: Tensors) -> tuple[Tensor, Te
     if how.splits > 1:
         of_combine = {
             "parts": part,
-            "part_lse": part_lse,
+            "statistics": statistics,
             "out": _matrix(out),
             "lse": lse,
             "sinks": _contiguous(t.sinks),
@@ -319,7 +323,7 @@ def plan_forward(spec: AttentionSpec, arch: str, t: Tensors) -> tuple[Tensor, Te
             "heads_q": lse.shape[1],
             "rows_q": lse.shape[2],
             "splits": how.splits,
-            "F": Features(spec.head_dim_v, spec.head_dim_v, SINKS=spec.sinks),
+            "F": Features(spec.head_dim_v, spec.head_dim_v, BIAS=how.features.BIAS, SINKS=spec.sinks),
             "BLOCK": COMBINE_ROWS,
         }
         programs = triton.cdiv(lse.numel(), COMBINE_ROWS)

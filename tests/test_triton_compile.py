@@ -1,0 +1,86 @@
+"""Triton kernels compiled ahead of time, without a GPU: what they take of one, and how many a program compiles."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastattn.backends.triton.configs import SHARED_MEMORY, TABLE, VARIANTS, Features, Width, bucket, config
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def ahead_of_time(what: str) -> Any:
+    """The output of ``python -m tests.triton_aot``, in a process whose kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.triton_aot", what]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_class_of_features_compiles(arch: str) -> None:
+    """Within the shared memory of a program, and without spilling more than compilers do by choice: 16 bytes a thread.
+
+    ptxas spills that much for one program more on a multiprocessor. On AMD the unit is a register, and none is allowed
+    but that one, which the widest kernel spills.
+    """
+    kernels = ahead_of_time(arch)
+    assert len({kernel["class"] for kernel in kernels}) == 12
+    spilled = [kernel for kernel in kernels if kernel["spilled"] > (1 if arch == "gfx942" else 16)]
+    assert not spilled
+    assert max(kernel["shared"] for kernel in kernels) <= SHARED_MEMORY[arch]
+
+
+def test_kernels_are_compiled_for_features_and_not_for_sizes() -> None:
+    found = ahead_of_time("recompilations")
+    # A bias's rows are aligned or not, within the matrix and from matrix to matrix; three of these occur.
+    most = {"bias": {"forward_kernel": 3, "dkdv_kernel": 3, "dq_kernel": 3, "dbias_kernel": 3}}
+    # Tiles of 16, 32 or 64 rows, each with its keys split or whole.
+    most["decode"] = {"forward_kernel": 6}
+    for case, counts in found.items():
+        assert "forward_kernel" in counts
+        for kernel, count in counts.items():
+            assert count <= most.get(case, {}).get(kernel, 1), f"{case}: {count} compilations of {kernel}"
+
+
+@pytest.mark.parametrize("dim", [1, 16, 17, 32, 33, 64, 80, 96, 128, 129, 192, 256, 320, 512, 576])
+def test_width(dim: int) -> None:
+    width = Width(dim)
+    for part in (width.MAIN, width.TAIL):
+        assert part == 0 or (part >= 16 and part & (part - 1) == 0)
+    assert dim <= width.padded <= max(16, 2 * dim) and width.TAIL < width.MAIN
+    assert (dim in (80, 96, 192, 320, 576)) == (width.padded == dim and width.TAIL > 0)
+
+
+def test_every_call_has_a_config() -> None:
+    for arch, bits, _ in TABLE:
+        for dim in range(1, 577):
+            for kernel in ("forward", "decode", "dkdv", "dq", "dbias"):
+                f = Features(dim, min(dim, 512), DROPOUT=dim % 2 == 0)
+                c = config(arch, bits, f, kernel)
+                assert c.BLOCK_M >= 16 and c.BLOCK_N >= 16 and c.reason
+    for arch, bits, size, kernel in VARIANTS:
+        assert TABLE[arch, bits, size][kernel] not in VARIANTS[arch, bits, size, kernel]
+        assert bucket(Features(size, size)) == size
+
+
+def test_tuning_puts_a_variant_in_the_tables_place() -> None:
+    from benchmarks.tune import candidates, in_table
+
+    f = Features(128, 128)
+    table, *variants = candidates("sm_90", 16, 128, "forward")
+    assert config("sm_90", 16, f, "forward") is table and len(variants) > 2
+    with in_table("sm_90", 16, 128, "forward", variants[0]):
+        assert config("sm_90", 16, f, "forward") is config("interpreter", 16, f, "dq") is variants[0]
+    assert config("sm_90", 16, f, "forward") is table
