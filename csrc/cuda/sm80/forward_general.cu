@@ -144,10 +144,10 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
 
     Loop loop(scaled ? kLog2E : scale * kLog2E);
     load_packed<T, kTile.queries, kHeadDim, Loop::kThreads>(smem_base(), p, b, hk, row0);
-    loop.run(tiles, begin, end, end, false, load_k, load_v, rules, drop);
     const uint32_t rows = (row[0].i >= 0 ? 1u : 0u) | (row[1].i >= 0 ? 2u : 0u);
-    if (barrier_or(any_nonfinite(loop.out, rows))) {
-        loop.run(tiles, begin, end, end, true, load_k, load_v, rules, drop);
+    for (bool careful = false;; careful = true) {
+        loop.run(tiles, begin, end, end, careful, load_k, load_v, rules, drop);
+        if (careful || !barrier_or(any_nonfinite(loop.out, rows))) break;
     }
 
     loop.softmax.finish();
