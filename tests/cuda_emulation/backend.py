@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,15 +42,15 @@ class Emulator:
     def __init__(self, module: ModuleType) -> None:
         assert module.__file__ is not None
         self.module = module
-        self._library = ctypes.CDLL(module.__file__)
+        self.library = ctypes.CDLL(module.__file__)
 
     def configure(self, seed: int = 0, resident: int = 4, count_banks: bool = False) -> None:
         """The order of warps (0: first come, first served; 1: last come; others: random) and blocks at a time."""
-        self._library.fastattn_emulation_configure(seed, resident, int(count_banks))
+        self.library.fastattn_emulation_configure(seed, resident, int(count_banks))
 
     def statistics(self) -> Statistics:
         counts = (ctypes.c_uint64 * 9)()
-        self._library.fastattn_emulation_statistics(counts)
+        self.library.fastattn_emulation_statistics(counts)
         return Statistics(*counts)
 
     def register(self, x: Tensor, name: str, writable: bool = False, initialised: bool = True) -> None:
@@ -59,7 +58,7 @@ class Emulator:
         if x.numel() == 0:
             return
         reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-        self._library.fastattn_emulation_register(
+        self.library.fastattn_emulation_register(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_size_t(reach * x.element_size()),
             x.element_size(),
@@ -69,7 +68,7 @@ class Emulator:
         )
 
     def forget(self) -> None:
-        self._library.fastattn_emulation_forget()
+        self.library.fastattn_emulation_forget()
 
     @contextmanager
     def memory(self, **inputs: Any) -> Iterator[None]:
@@ -96,7 +95,7 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if isinstance(result, Tensor) and "empty" in name or name in ("zeros", "zeros_like", "full", "new_zeros"):
+        if (isinstance(result, Tensor) and "empty" in name) or name in ("zeros", "zeros_like", "full", "new_zeros"):
             self._kept.append(result)
             label = f"output {len(self._kept)} {tuple(result.shape)}"
             self._emulator.register(result, label, writable=True, initialised="empty" not in name)

@@ -46,6 +46,7 @@ def sources() -> dict[str, tuple[str, str]]:
     """Object name -> (source, flags)."""
     found = {
         "module.o": (f"{HERE}/module.cpp", ""),
+        **{f"probes-{path.stem}.o": (str(path), "") for path in sorted((HERE / "probes").glob("*.cu"))},
         **{f"emulator-{path.stem}.o": (str(path), "-O2") for path in sorted((HERE / "emulator").glob("*.cpp"))},
         "bindings.o": (f"{ROOT}/csrc/bindings.cpp", BINDINGS),
     }

@@ -22,6 +22,6 @@ FASTATTN_DEVICE T shuffle(T value, int lane) {
 
 // PTX ISA, "Parallel Synchronization and Communication Instructions: vote.sync".
 FASTATTN_DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
-FASTATTN_DEVICE uint32_t ballot(bool condition) { return __ballot_sync(0xffffffffu, condition); }
+FASTATTN_DEVICE uint32_t warp_ballot(bool condition) { return __ballot_sync(0xffffffffu, condition); }
 
 }  // namespace fastattn::cuda

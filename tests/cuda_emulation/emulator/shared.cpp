@@ -28,7 +28,7 @@ bool proxy_fenced(const Cell& cell) {
 void check_after_write(const Cell& cell, uint32_t offset, const Access& access) {
     const Warp& w = warp();
     if (w.clock.at[cell.writer] < cell.write_clock) race(access, offset, "write", cell.writer, cell.write_line);
-    if (cell.writer == w.index && cell.write_sync == w.sync && cell.writer_lane != access.lane && !access.async_proxy) {
+    if (cell.writer == w.index && cell.write_sync == w.sync && cell.writer_lane != access.lane) {
         fail(access.where,
              "race: %s of shared memory + 0x%x, written by lane %d at line %d with no warp_barrier() between",
              access.what, offset, cell.writer_lane, cell.write_line);

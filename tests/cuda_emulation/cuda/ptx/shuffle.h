@@ -14,6 +14,6 @@ T shuffle(T value, int lane, Where where = Where::here()) {
     return bit_cast<T>(emulation::shuffle(bit_cast<uint32_t>(value), lane, where));
 }
 inline bool any_lane(bool condition, Where where = Where::here()) { return emulation::ballot(condition, where) != 0; }
-inline uint32_t ballot(bool condition, Where where = Where::here()) { return emulation::ballot(condition, where); }
+inline uint32_t warp_ballot(bool condition, Where where = Where::here()) { return emulation::ballot(condition, where); }
 
 }  // namespace fastattn::cuda

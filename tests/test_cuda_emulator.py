@@ -1,0 +1,151 @@
+"""The emulator: what each wrapper computes, and that it notices what it says it notices."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pybind11")
+pytest.importorskip("ninja")
+if shutil.which("c++") is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+from tests.cuda_emulation import probe as probing
+from tests.cuda_emulation import record
+from tests.cuda_emulation.backend import Emulator, emulated_backend
+from tests.cuda_emulation.probe import Probe
+
+PROBES = probing.probes()
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    return emulated_backend().emulator
+
+
+def emulate(emulator: Emulator, probe: Probe) -> torch.Tensor:
+    out = torch.full_like(probe.expected, -1)
+    emulator.forget()
+    emulator.register(probe.words, "in")
+    emulator.register(out, "out", writable=True, initialised=False)
+    try:
+        probing.run(probing.declare(emulator.library), probe, out)
+    finally:
+        emulator.forget()
+    return out
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda p: p.name)
+def test_wrapper(probe: Probe, emulator: Emulator) -> None:
+    """What a wrapper computes under emulation, against its definition written in torch."""
+    probe.check(emulate(emulator, probe), probe.expected, "its definition")
+
+
+RECORDINGS = record.recordings()
+
+
+@pytest.mark.skipif(not RECORDINGS, reason="no recording: the probes have not yet run on a GPU")
+@pytest.mark.parametrize("path", RECORDINGS or [None], ids=lambda p: p.stem if p else "none")
+def test_recording(path: Path, emulator: Emulator) -> None:
+    """What a GPU computed, bit for bit."""
+    recorded = record.read(path)
+    for probe in PROBES:
+        if probe.name in recorded:
+            words, out = recorded[probe.name]
+            assert torch.equal(words, probe.words), f"{probe.name}: recorded with other inputs; record it again"
+            probe.check(emulate(emulator, probe), out, path.stem)
+
+
+def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
+    outs = {probe.name: probe.expected for probe in PROBES[:3]}
+    path = record.write(tmp_path / "device.npz", PROBES[:3], outs, {"device": "none"})
+    for probe in PROBES[:3]:
+        words, out = record.read(path)[probe.name]
+        assert torch.equal(words, probe.words) and torch.equal(out, probe.expected)
+
+
+# What is read too early was either never written or written by a warp that is not waited for: the order decides.
+EARLY = r"load of shared memory .*(nothing has written|not ordered after the write by warp|not been waited for)"
+
+#: Kernel with a fault -> what the emulator says about it.
+FAULTS = {
+    "barrier_missing": EARLY,
+    "warp_barrier_missing": r"with no warp_barrier\(\) between|" + EARLY,
+    "overwritten": r"race: (store|load) of shared memory .* is not ordered after the (read|write) by warp",
+    "unwritten": r"load of shared memory \+ 0xa0, which nothing has written",
+    "copy_not_awaited": r"while a cp.async into it \(line [0-9]+\) has not been waited for",
+    "copy_without_barrier": EARLY,
+    "copy_not_committed": "ends with a cp.async that it never committed",
+    "shared_bounds": "store: bytes 49144 to 49160 of the block's 49152 bytes",
+    "shared_alignment": r"shared memory \+ 0x8 is not a multiple of 16 bytes",
+    "global_bounds": "global memory outside of every tensor, 0 bytes past the end of in",
+    "global_alignment": "is not a multiple of 16 bytes",
+    "input_written": "store: in is an input",
+    "output_read": r"load of element [0-9]+ of out, which nothing has written",
+    "barrier_count": "deadlock.*waits in barrier 3, where 64 of 96 threads are.*warp 0.*warp 1",
+    "lanes_missing": "deadlock.*waits in shfl.xor.*lanes 0000ffff",
+    "lanes_disagree": "divergence: shfl.xor",
+    "blocks_race": "race: store of element 0 of out is not ordered after the write by block [01] warp 0",
+    "message": "race: load of element 0 of out is not ordered after the write by block 0 warp 0",
+    "fenced_message": "race: load of element 78 of out is not ordered after the write by block 0 warp 2",
+    "turns": r"deadlock \(3 more blocks have not started\).*waits in wait_until_equal",
+    "atomic_and_store": "race: (store|red.add) of element 0 of out is not ordered after the (atomic operation|write)",
+    "load_not_awaited": EARLY + "|without having waited for",
+    "wrong_parity": r"deadlock.*waits in mbarrier_wait at shared memory \+ 40960 \(phase of parity 0",
+    "wrong_bytes": "deadlock.*arrivals and 1024 bytes missing",
+    "init_not_fenced": r"has no fence_mbarrier_init\(\) after it",
+    "proxy_not_fenced": r"missing proxy fence: bulk_store of shared memory \+ 0x0",
+    "store_source_overwritten": r"while an asynchronous read of it \(line [0-9]+\) has not been waited for",
+    "store_not_awaited": "ends before it has committed and waited for its bulk stores",
+    "wgmma_touched": "accumulator 5 of lane 0 was touched before the wait",
+    "wgmma_fragment": "was changed before the wait",
+    "wgmma_no_fence": r"no wgmma_fence\(\)",
+    "wgmma_no_wait": "ends before it has waited for its wgmmas",
+    "registers": "decrease to 32, but the warp has 24",
+}
+
+
+def run_fault(emulator: Emulator, name: str, wrong: bool) -> str | None:
+    function = emulator.library.fastattn_fault
+    function.restype = ctypes.c_char_p
+    words, out = torch.arange(512, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
+    emulator.forget()
+    emulator.register(words, "in")
+    shared_out = name in ("message", "fenced_message", "turns", "atomic_and_store")
+    emulator.register(out, "out", writable=True, initialised=shared_out)
+    said = function(name.encode(), int(wrong), ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    emulator.forget()
+    return None if said is None else said.decode()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault(name: str, emulator: Emulator) -> None:
+    """A kernel with one fault is stopped, whatever the order of warps; without the fault it is not."""
+    for seed in (0, 1, 2):
+        emulator.configure(seed)
+        try:
+            assert run_fault(emulator, name, wrong=False) is None
+            said = run_fault(emulator, name, wrong=True)
+        finally:
+            emulator.configure()
+        assert said is not None, f"seed {seed}: nothing noticed"
+        assert re.search(FAULTS[name], said, re.S), f"seed {seed}: {said}"
+
+
+def test_bank_conflicts_are_counted(emulator: Emulator) -> None:
+    emulator.configure(count_banks=True)
+    counts = []
+    for wrong in (False, True):
+        emulator.statistics()
+        assert run_fault(emulator, "banks", wrong) is None
+        counts.append(emulator.statistics())
+    emulator.configure()
+    assert counts[0].ldmatrix_conflicts == 0 and counts[0].shared_conflicts == 0
+    # Four matrices of 8 rows in one bank each; 32 words 8 apart: 4 banks of 8 words, in each of the 4 warps.
+    assert counts[1].ldmatrix_conflicts == 4 * 7
+    assert counts[1].shared_conflicts == 4 * 7
