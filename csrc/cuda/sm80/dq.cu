@@ -69,7 +69,8 @@ struct QueryTileLoop {
         const int count = tiles.count();
         if (count == 0) return;
         load<kTile.queries>(smem_base(), head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk), i0);
-        load<kTile.queries>(smem_base() + kGradOut, head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v), i0);
+        load<kTile.queries>(smem_base() + kGradOut, head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v),
+                            i0);
         load_keys(0);
         cp_async_commit();
         const int looks_at_indices = kGeneral || careful ? count : tiles.masked();
@@ -122,12 +123,13 @@ private:
 };
 
 template <typename T, int kHeadDim, bool kGeneral>
-FASTATTN_KERNEL(query_tile(kHeadDim).threads(), 1) dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(query_tile(kHeadDim).threads(), 1)
+dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = QueryTileLoop<T, kHeadDim, kGeneral>;
     constexpr ForwardTile kTile = Loop::kTile;
     const int64_t tiles_q = (p.seqlen_q + kTile.queries - 1) / kTile.queries;
-    const WorkItem work = work_item(block_index(), tiles_q, p.batch * p.heads_q,
-                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
+    const WorkItem work =
+        work_item(block_index(), tiles_q, p.batch * p.heads_q, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
     const int i0 = static_cast<int>(tiles_q - 1 - work.tile) * kTile.queries;  // the last sees the most keys
     const int b = work.head / static_cast<int>(p.heads_q), h = work.head % static_cast<int>(p.heads_q);
     const Band band = Band::of(p, b);

@@ -31,14 +31,15 @@ FASTATTN_DEVICE void apply_band(float (&s)[kM][kN][4], const Band& band, int i0,
 }
 
 template <typename T, int kHeadDim>
-FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1)
+forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = ForwardLoop<T, kHeadDim, false>;
     using Layout = typename Loop::Layout;
     constexpr ForwardTile kTile = Loop::kTile;
 
     const int64_t tiles_q = query_tiles(p, kTile.queries);
-    const WorkItem work = work_item(block_index(), tiles_q, p.batch * p.heads_q,
-                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
+    const WorkItem work =
+        work_item(block_index(), tiles_q, p.batch * p.heads_q, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
     const int heads_q = static_cast<int>(p.heads_q), group = heads_q / static_cast<int>(p.heads_k);
     const int b = work.head / heads_q, h = work.head % heads_q, hk = h / group;
     const Band band = Band::of(p, b);
@@ -83,9 +84,8 @@ FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CON
             const float factor = loop.softmax.normalizer(m, half);
 #pragma unroll
             for (int n = 0; n < kHeadDim / 8; ++n) {
-                store_shared(
-                    smem_base() + Layout::offset(row, n) + 2 * fragment_col(0),
-                    pack<T>(loop.out[m][n][2 * half] * factor, loop.out[m][n][2 * half + 1] * factor));
+                store_shared(smem_base() + Layout::offset(row, n) + 2 * fragment_col(0),
+                             pack<T>(loop.out[m][n][2 * half] * factor, loop.out[m][n][2 * half + 1] * factor));
             }
         }
     }
@@ -110,7 +110,8 @@ template <typename T, int kHeadDim>
 void forward(const AttentionParams& p, void* stream) {
     constexpr ForwardTile kTile = forward_tile(kHeadDim);
     const int64_t tiles = (p.seqlen_q + kTile.queries - 1) / kTile.queries;
-    launch(forward_kernel<T, kHeadDim>, {tiles * p.heads_q * p.batch}, kTile.threads(), kTile.shared_bytes(kHeadDim), stream, p);
+    launch(forward_kernel<T, kHeadDim>, {tiles * p.heads_q * p.batch}, kTile.threads(), kTile.shared_bytes(kHeadDim),
+           stream, p);
 }
 
 template void forward<FASTATTN_DTYPE, FASTATTN_HEAD_DIM>(const AttentionParams&, void*);
