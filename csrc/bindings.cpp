@@ -152,8 +152,8 @@ void cpu_backward(const py::tuple& call, uintptr_t dropout_seed, const py::objec
 AttentionParams cuda_call_params(const py::tuple& call, bool has_mask, bool has_bias, bool deterministic,
                                  int64_t device) {
     const py::object none = py::none(), some = py::make_tuple(1, 0, 0, 0, 0);
-    AttentionParams p = forward_params(call, 1, none, none, none, has_mask ? some : none, has_bias ? some : none, none,
-                                       none, none);
+    AttentionParams p =
+        forward_params(call, 1, none, none, none, has_mask ? some : none, has_bias ? some : none, none, none, none);
     p.deterministic = deterministic;
     p.device = device;
     return p;
@@ -173,8 +173,7 @@ size_t cuda_backward_workspace_bytes(const py::tuple& call, bool deterministic) 
 
 void cuda_forward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
                   const py::object& v, const py::object& mask, const py::object& bias, const py::object& tables,
-                  const py::object& out, const py::object& lse, uintptr_t workspace, int64_t device,
-                  uintptr_t stream) {
+                  const py::object& out, const py::object& lse, uintptr_t workspace, int64_t device, uintptr_t stream) {
     AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, tables, out, lse);
     p.workspace = reinterpret_cast<void*>(workspace);
     p.device = device;

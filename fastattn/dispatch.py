@@ -20,9 +20,9 @@ _CLASSES = {
     "reference": ("fastattn.backends.reference", "ReferenceBackend"),
 }
 
-#: Who is asked first, per device type. Triton stands before the CUDA kernels because those do not use tensor cores
-#: yet; this order has not been measured on a GPU. On the CPU `benchmarks/` shows the C++ kernels ahead of the
-#: reference in every row; Triton there is the interpreter, for checking only.
+#: Who is asked first, per device type. Triton stands before the CUDA kernels; neither has run on a GPU yet, so this
+#: order has not been measured. On the CPU `benchmarks/` shows the C++ kernels ahead of the reference in every row;
+#: Triton there is the interpreter, for checking only.
 ORDER = {
     "cpu": ("cpu", "reference", "triton"),
     "cuda": ("triton", "cuda", "reference"),

@@ -65,16 +65,16 @@ bool by_entry(const AttentionParams& p) {
            p.q_segments.data || p.prefix_lens.data || p.leftpad_k.data;
 }
 bool forward_is_general(const AttentionParams& p) {
-    return few_queries(p) || by_entry(p) || p.sinks.data || !(p.softmax_scale > 0) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
-           !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.out, p.head_dim_v);
+    return few_queries(p) || by_entry(p) || p.sinks.data || !(p.softmax_scale > 0) || !in_chunks(p.q, p.head_dim_qk) ||
+           !in_chunks(p.k, p.head_dim_qk) || !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.out, p.head_dim_v);
 }
 bool backward_is_general(const AttentionParams& p) {
     return by_entry(p) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
            !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.grad_out, p.head_dim_v);
 }
 
-// The parts into which the keys are divided: as many as asked for; else, when there are few queries, the fewest that come within 85% of the best
-// use of the device, a part being at least four tiles of keys.
+// The parts into which the keys are divided: as many as asked for; else, when there are few queries, the fewest that
+// come within 85% of the best use of the device, a part being at least four tiles of keys.
 int64_t num_splits(const AttentionParams& p) {
     if (!use_tensor_cores(p)) return 1;
     if (p.num_splits > 0) return std::min(p.num_splits, kMaxSplits);
@@ -127,8 +127,8 @@ void backward_on_tensor_cores(const AttentionParams& p, void* stream) {
         if (backward_is_general(p)) {
             with_bucket<64, 128, 256>(head_dim(p), [&](auto bucket) { backward_passes<T, bucket, true>(p, stream); });
         } else {
-            with_bucket<32, 64, 96, 128, 192, 256>(
-                head_dim(p), [&](auto bucket) { backward_passes<T, bucket, false>(p, stream); });
+            with_bucket<32, 64, 96, 128, 192, 256>(head_dim(p),
+                                                   [&](auto bucket) { backward_passes<T, bucket, false>(p, stream); });
         }
     });
 }
@@ -188,7 +188,7 @@ size_t forward_workspace_bytes(const AttentionParams& p) {
 }
 
 size_t backward_workspace_bytes(const AttentionParams& p) {
-    int64_t floats = 1;  // of each query: delta,
+    int64_t floats = 1;                                                            // of each query: delta,
     if (use_tensor_cores(p)) floats += 1 + (p.deterministic ? 0 : p.head_dim_qk);  // lse, the sums of dQ
     auto bytes = static_cast<int64_t>(sizeof(float)) * p.batch * p.heads_q * p.seqlen_q * floats;
 #ifdef FASTATTN_WITH_SM90

@@ -33,7 +33,8 @@ struct Band {
     int64_t offset;
 
     static FASTATTN_DEVICE Band of(const AttentionParams& p, int64_t b) {
-        const int64_t seqlen_k = p.seqused_k.data ? load_global(&p.seqused_k.data[b * p.seqused_k.stride[0]]) : p.seqlen_k;
+        const int64_t seqlen_k =
+            p.seqused_k.data ? load_global(&p.seqused_k.data[b * p.seqused_k.stride[0]]) : p.seqlen_k;
         const int64_t offset = p.relative_offset ? p.offset + seqlen_k - p.seqlen_q : p.offset;
         const auto clamp = [&](int64_t x) {
             return static_cast<int>(x < -p.seqlen_q ? -p.seqlen_q : x > seqlen_k ? seqlen_k : x);

@@ -10,7 +10,6 @@
 #include "cuda/ptx/arithmetic.h"
 #include "cuda/ptx/shuffle.h"
 
-
 namespace fastattn::cuda {
 
 // Over the four lanes that share a row.
@@ -39,8 +38,8 @@ struct OnlineSoftmax {
     }
 
     // Turns scores into weights and brings the accumulated output to the new maximum. kMasked: scores of -inf are
-    // invisible and become -0, which no visible weight is. kSubtractFirst: unit * s may overflow where unit * (s - max) does not, as with
-    // a bias of finfo.min.
+    // invisible and become -0, which no visible weight is. kSubtractFirst: unit * s may overflow where unit * (s - max)
+    // does not, as with a bias of finfo.min.
     template <bool kMasked, bool kSubtractFirst, int kN, int kNOut>
     FASTATTN_DEVICE void update(float (&s)[kM][kN][4], float (&out)[kM][kNOut][4]) {
 #pragma unroll
@@ -61,8 +60,8 @@ struct OnlineSoftmax {
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; ++e) {
                         const float score = s[m][n][e];
-                        float weight = exp2_approx(kSubtractFirst ? (score - pivot) * unit
-                                                                  : fmaf(score, unit, -scaled_pivot));
+                        float weight =
+                            exp2_approx(kSubtractFirst ? (score - pivot) * unit : fmaf(score, unit, -scaled_pivot));
                         row_sum += weight;
                         if (kMasked && score == -INFINITY) weight = -0.f;
                         s[m][n][e] = weight;

@@ -5,7 +5,6 @@
 
 #include "cuda/ptx/execution.h"
 
-
 namespace fastattn::cuda {
 
 struct WorkItem {

@@ -5,7 +5,6 @@
 
 #include "cuda/ptx/execution.h"
 
-
 namespace fastattn::cuda {
 
 // Rows of kCols elements, in chunks of 16 bytes. Chunk c of row r lies at chunk c ^ x(r) of the row, with x such that

@@ -1,8 +1,8 @@
 // Backward over tiles of keys: one block owns dK and dV of a tile and runs over the queries of all heads of the group.
 //
-// Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the first product as the A operand of dV and dK.
-// dS goes through shared memory for dQ, which is added to float sums by atomics unless params.deterministic: then dq.cu
-// computes it in a pass of its own.
+// Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the first product as the A operand of dV and
+// dK. dS goes through shared memory for dQ, which is added to float sums by atomics unless params.deterministic: then
+// dq.cu computes it in a pass of its own.
 #include "cuda/launch.h"
 #include "cuda/ptx/atomic.h"
 #include "cuda/ptx/barrier.h"
@@ -94,12 +94,11 @@ struct KeyTileLoop {
         }
     }
     FASTATTN_DEVICE void load_q(const Memory& memory, const Step& step) const {
-        load<kTile.queries>(memory.q_stage(step.n),
-                            head_matrix<const T>(p.q, b, head(step), p.seqlen_q, p.head_dim_qk), first_query(step));
+        load<kTile.queries>(memory.q_stage(step.n), head_matrix<const T>(p.q, b, head(step), p.seqlen_q, p.head_dim_qk),
+                            first_query(step));
     }
     FASTATTN_DEVICE void load_grad_out(const Memory& memory, const Step& step) const {
-        load<kTile.queries>(memory.grad_out,
-                            head_matrix<const T>(p.grad_out, b, head(step), p.seqlen_q, p.head_dim_v),
+        load<kTile.queries>(memory.grad_out, head_matrix<const T>(p.grad_out, b, head(step), p.seqlen_q, p.head_dim_v),
                             first_query(step));
     }
 
@@ -218,15 +217,16 @@ private:
         for (int c = 0; c < kN; ++c) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                store_shared(to + Square::offset(first_key() + fragment_row(2 * half), group() * kN + c) +
-                                 2 * fragment_col(0),
-                             pack<T>(x[0][c][2 * half], x[0][c][2 * half + 1]));
+                store_shared(
+                    to + Square::offset(first_key() + fragment_row(2 * half), group() * kN + c) + 2 * fragment_col(0),
+                    pack<T>(x[0][c][2 * half], x[0][c][2 * half + 1]));
             }
         }
     }
 
     template <bool kMasked>
-    FASTATTN_DEVICE void accumulate(float (&acc)[1][kD][4], const float (&x)[1][kN][4], uint32_t y, bool careful) const {
+    FASTATTN_DEVICE void accumulate(float (&acc)[1][kD][4], const float (&x)[1][kN][4], uint32_t y,
+                                    bool careful) const {
 #pragma unroll
         for (int block = 0; block < kN / 2; ++block) {
             uint32_t a[1][4];
@@ -301,13 +301,14 @@ private:
 };
 
 template <typename T, int kHeadDim, bool kGeneral>
-FASTATTN_KERNEL((KeyTileLoop<T, kHeadDim, kGeneral>::kThreads), 1) dkdv_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL((KeyTileLoop<T, kHeadDim, kGeneral>::kThreads), 1)
+dkdv_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = KeyTileLoop<T, kHeadDim, kGeneral>;
     constexpr KeyTile kTile = Loop::kTile;
     const int64_t tiles = (p.seqlen_k + kTile.keys - 1) / kTile.keys;
     // The first tile first: under a causal window the most queries see it.
-    const WorkItem work = work_item(block_index(), tiles, p.batch * p.heads_k,
-                                    p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2);
+    const WorkItem work =
+        work_item(block_index(), tiles, p.batch * p.heads_k, p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2);
     const int heads_k = static_cast<int>(p.heads_k), b = work.head / heads_k, hk = work.head % heads_k;
     const Band band = Band::of(p, b);
     const int j0 = work.tile * kTile.keys;
@@ -345,7 +346,8 @@ template <typename T, int kHeadDim, bool kGeneral>
 void dkdv(const AttentionParams& p, void* stream) {
     constexpr KeyTile kTile = KeyTileLoop<T, kHeadDim, kGeneral>::kTile;
     const int64_t tiles = (p.seqlen_k + kTile.keys - 1) / kTile.keys;
-    launch(dkdv_kernel<T, kHeadDim, kGeneral>, {tiles * p.heads_k * p.batch}, kTile.threads(), kTile.shared_bytes(kHeadDim), stream, p);
+    launch(dkdv_kernel<T, kHeadDim, kGeneral>, {tiles * p.heads_k * p.batch}, kTile.threads(),
+           kTile.shared_bytes(kHeadDim), stream, p);
 }
 
 template void dkdv<FASTATTN_DTYPE, FASTATTN_HEAD_DIM, FASTATTN_GENERAL>(const AttentionParams&, void*);

@@ -24,7 +24,6 @@ struct QueryTileLoop {
     const TileRange tiles;
     const EntryGradient<kGeneral> gradient;
     static constexpr uint32_t kGradOut = kTile.queries * Layout::kRowBytes, kK = 2 * kGradOut, kV = kK + 2 * kStage;
-    float lse[2], delta[2];
     float dq[1][kHeadDim / 8][4];
 
     FASTATTN_DEVICE QueryTileLoop(const AttentionParams& p, const Band& band, int b, int h, int i0)
@@ -37,15 +36,7 @@ struct QueryTileLoop {
           tiles(kGeneral && p.prefix_lens.data
                     ? Band::all_tiles(band.seqlen_k, kTile.keys)
                     : band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys)),
-          gradient(p, band) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const bool exists = row(half) < band.seqlen_q;
-            const int64_t at = row_index(p, b, h, row(half));
-            lse[half] = exists ? load_global(lse_rows(p) + at) : INFINITY;
-            delta[half] = exists ? load_global(delta_rows(p) + at) : 0.f;
-        }
-    }
+          gradient(p, band) {}
 
     FASTATTN_DEVICE int row(int half) const { return i0 + warp() * 16 + fragment_row(2 * half); }
 
@@ -69,7 +60,8 @@ struct QueryTileLoop {
         const int count = tiles.count();
         if (count == 0) return;
         load<kTile.queries>(smem_base(), head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk), i0);
-        load<kTile.queries>(smem_base() + kGradOut, head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v), i0);
+        load<kTile.queries>(smem_base() + kGradOut, head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v),
+                            i0);
         load_keys(0);
         cp_async_commit();
         const int looks_at_indices = kGeneral || careful ? count : tiles.masked();
@@ -98,13 +90,16 @@ private:
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = row(half);
+            const bool exists = i < band.seqlen_q;
+            const float lse = exists ? load_global(lse_rows(p) + row_index(p, b, h, i)) : INFINITY;
+            const float delta = exists ? load_global(delta_rows(p) + row_index(p, b, h, i)) : 0.f;
             const int begin = band.keys_begin(i) - j0, end = band.keys_end(i) - j0;
 #pragma unroll
             for (int e = 0; e < 2 * kN; ++e) {
                 const int j = 8 * (e / 2) + fragment_col(e % 2);  // from j0
                 const bool in_window = !kMasked || (begin <= j && j < end);
-                gradient(s[0][e / 2][2 * half + e % 2], dp[0][e / 2][2 * half + e % 2], in_window, lse[half],
-                         delta[half], b, h, i, j0 + j);
+                gradient(s[0][e / 2][2 * half + e % 2], dp[0][e / 2][2 * half + e % 2], in_window, lse, delta, b, h, i,
+                         j0 + j);
             }
         }
 #pragma unroll
@@ -122,12 +117,13 @@ private:
 };
 
 template <typename T, int kHeadDim, bool kGeneral>
-FASTATTN_KERNEL(query_tile(kHeadDim).threads(), 1) dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(query_tile(kHeadDim).threads(), 1)
+dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = QueryTileLoop<T, kHeadDim, kGeneral>;
     constexpr ForwardTile kTile = Loop::kTile;
     const int64_t tiles_q = (p.seqlen_q + kTile.queries - 1) / kTile.queries;
-    const WorkItem work = work_item(block_index(), tiles_q, p.batch * p.heads_q,
-                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
+    const WorkItem work =
+        work_item(block_index(), tiles_q, p.batch * p.heads_q, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
     const int i0 = static_cast<int>(tiles_q - 1 - work.tile) * kTile.queries;  // the last sees the most keys
     const int b = work.head / static_cast<int>(p.heads_q), h = work.head % static_cast<int>(p.heads_q);
     const Band band = Band::of(p, b);

@@ -37,9 +37,8 @@ struct EntryRow {
         if (!in_window) return false;
         if (p.leftpad_k.data && j < look_up(p.leftpad_k, b)) return false;
         if (p.q_segments.data && look_up(p.q_segments, b, i) != look_up(p.k_segments, b, j)) return false;
-        return !p.mask.data ||
-               load_global(static_cast<const bool*>(p.mask.data) + b * p.mask.stride[0] + h * p.mask.stride[1] +
-                           i * p.mask.stride[2] + j * p.mask.stride[3]);
+        return !p.mask.data || load_global(static_cast<const bool*>(p.mask.data) + b * p.mask.stride[0] +
+                                           h * p.mask.stride[1] + i * p.mask.stride[2] + j * p.mask.stride[3]);
     }
 
     // The scaled score of a key that is seen, capped, with its bias; -inf where the bias hides it.
@@ -50,8 +49,8 @@ struct EntryRow {
             scaled -= look_up(p.alibi_slopes, b, h) * static_cast<float>(distance < 0 ? -distance : distance);
         }
         if (!p.bias.data) return scaled;
-        const float bias = read_bias(p, b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] +
-                                            j * p.bias.stride[3]);
+        const float bias =
+            read_bias(p, b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] + j * p.bias.stride[3]);
         return bias == -INFINITY ? bias : scaled + bias;
     }
 

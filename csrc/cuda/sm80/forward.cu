@@ -31,31 +31,33 @@ FASTATTN_DEVICE void apply_band(float (&s)[kM][kN][4], const Band& band, int i0,
 }
 
 template <typename T, int kHeadDim>
-FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1)
+forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = ForwardLoop<T, kHeadDim, false>;
     using Layout = typename Loop::Layout;
     constexpr ForwardTile kTile = Loop::kTile;
 
     const int64_t tiles_q = query_tiles(p, kTile.queries);
-    const WorkItem work = work_item(block_index(), tiles_q, p.batch * p.heads_q,
-                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
+    const WorkItem work =
+        work_item(block_index(), tiles_q, p.batch * p.heads_q, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
     const int heads_q = static_cast<int>(p.heads_q), group = heads_q / static_cast<int>(p.heads_k);
     const int b = work.head / heads_q, h = work.head % heads_q, hk = h / group;
     const Band band = Band::of(p, b);
     const int i0 = static_cast<int>(tiles_q - 1 - work.tile) * kTile.queries;  // the last sees the most keys
 
-    const TileLoader<T, kTile.queries, kHeadDim, Loop::kThreads> load_q(
-        head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk));
+    const TileRange tiles = band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys);
+    if (tiles.count() > 0) {  // else nobody would wait for it
+        TileLoader<T, kTile.queries, kHeadDim, Loop::kThreads>{
+            head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk)}(smem_base(), i0);
+    }
     const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_k(
         head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk));
     const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_v(
         head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v));
 
-    const TileRange tiles = band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys);
     Loop loop(static_cast<float>(p.softmax_scale) * kLog2E);
     const auto rules = [&](auto& s, int j0, int) { apply_band<Loop>(s, band, i0, j0); };
     const auto no_dropout = [](auto&, int) {};
-    load_q(smem_base(), i0);
     loop.run(tiles, 0, tiles.masked(), tiles.count(), false, load_k, load_v, rules, no_dropout);
     // The rows of the tile that exist: their output must be free of the NaN of keys they do not see.
     uint32_t rows = 0;
@@ -82,9 +84,8 @@ FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CON
             const float factor = loop.softmax.normalizer(m, half);
 #pragma unroll
             for (int n = 0; n < kHeadDim / 8; ++n) {
-                store_shared(
-                    smem_base() + Layout::offset(row, n) + 2 * fragment_col(0),
-                    pack<T>(loop.out[m][n][2 * half] * factor, loop.out[m][n][2 * half + 1] * factor));
+                store_shared(smem_base() + Layout::offset(row, n) + 2 * fragment_col(0),
+                             pack<T>(loop.out[m][n][2 * half] * factor, loop.out[m][n][2 * half + 1] * factor));
             }
         }
     }
@@ -109,7 +110,8 @@ template <typename T, int kHeadDim>
 void forward(const AttentionParams& p, void* stream) {
     constexpr ForwardTile kTile = forward_tile(kHeadDim);
     const int64_t tiles = (p.seqlen_q + kTile.queries - 1) / kTile.queries;
-    launch(forward_kernel<T, kHeadDim>, {tiles * p.heads_q * p.batch}, kTile.threads(), kTile.shared_bytes(kHeadDim), stream, p);
+    launch(forward_kernel<T, kHeadDim>, {tiles * p.heads_q * p.batch}, kTile.threads(), kTile.shared_bytes(kHeadDim),
+           stream, p);
 }
 
 template void forward<FASTATTN_DTYPE, FASTATTN_HEAD_DIM>(const AttentionParams&, void*);

@@ -1,8 +1,8 @@
 // Forward with tensor cores for every call: masks, biases, dropout, any scale and strides, and few queries (decoding).
 //
-// The query heads of one key head are packed: a tile's rows are 64 of the (heads of the group) x (queries) rows, so that
-// decoding reads keys and values once for all of them. With num_splits > 1 the keys are divided among as many blocks;
-// each leaves its normalised output and lse in the workspace, and combine_kernel weighs them by exp(lse).
+// The query heads of one key head are packed: a tile's rows are 64 of the (heads of the group) x (queries) rows, so
+// that decoding reads keys and values once for all of them. With num_splits > 1 the keys are divided among as many
+// blocks; each leaves its normalised output and lse in the workspace, and combine_kernel weighs them by exp(lse).
 #include "cuda/launch.h"
 #include "cuda/scheduler.h"
 #include "cuda/sm80/entries.h"
@@ -60,7 +60,8 @@ FASTATTN_DEVICE void load_packed(uint32_t to, const AttentionParams& p, int b, i
 }
 
 template <typename T, int kHeadDim>
-FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1)
+forward_general_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = ForwardLoop<T, kHeadDim, true>;
     constexpr ForwardTile kTile = Loop::kTile;
     static_assert(Loop::kM == 1);
@@ -68,8 +69,8 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
     const int group_rows = static_cast<int>(p.heads_q) / static_cast<int>(p.heads_k) * static_cast<int>(p.seqlen_q);
     const int row_tiles = (group_rows + kTile.queries - 1) / kTile.queries;
     const int splits = static_cast<int>(p.num_splits), block = static_cast<int>(block_index()), split = block % splits;
-    const WorkItem work = work_item(block / splits, row_tiles, p.batch * p.heads_k,
-                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
+    const WorkItem work =
+        work_item(block / splits, row_tiles, p.batch * p.heads_k, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
     const int heads_k = static_cast<int>(p.heads_k), b = work.head / heads_k, hk = work.head % heads_k;
     const Band band = Band::of(p, b);
     const int row0 = (row_tiles - 1 - work.tile) * kTile.queries;
@@ -79,9 +80,8 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
     const PackedRow last = PackedRow::of(p, hk, min32(row0 + kTile.queries, group_rows) - 1);
     const bool one_head = first.h == last.h;
     const TileRange tiles =
-        p.prefix_lens.data
-            ? Band::all_tiles(band.seqlen_k, kTile.keys)
-            : band.key_tiles(one_head ? first.i : 0, one_head ? last.i : band.seqlen_q - 1, kTile.keys);
+        p.prefix_lens.data ? Band::all_tiles(band.seqlen_k, kTile.keys)
+                           : band.key_tiles(one_head ? first.i : 0, one_head ? last.i : band.seqlen_q - 1, kTile.keys);
     const int per_split = (tiles.count() + splits - 1) / splits;
     const int begin = min32(split * per_split, tiles.count());
     const int end = min32(begin + per_split, tiles.count());
@@ -144,10 +144,10 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
 
     Loop loop(scaled ? kLog2E : scale * kLog2E);
     load_packed<T, kTile.queries, kHeadDim, Loop::kThreads>(smem_base(), p, b, hk, row0);
-    loop.run(tiles, begin, end, end, false, load_k, load_v, rules, drop);
     const uint32_t rows = (row[0].i >= 0 ? 1u : 0u) | (row[1].i >= 0 ? 2u : 0u);
-    if (barrier_or(any_nonfinite(loop.out, rows))) {
-        loop.run(tiles, begin, end, end, true, load_k, load_v, rules, drop);
+    for (bool careful = false;; careful = true) {
+        loop.run(tiles, begin, end, end, careful, load_k, load_v, rules, drop);
+        if (careful || !barrier_or(any_nonfinite(loop.out, rows))) break;
     }
 
     loop.softmax.finish();
@@ -160,8 +160,8 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
         if (p.sinks.data && p.num_splits == 1) factor *= add_sink(row_lse, sink_of(p, at.h));
         const int64_t flat = (b * p.heads_q + at.h) * p.seqlen_q + at.i;
         float* lse = p.num_splits > 1 ? partial_lse(p, split) + flat
-                                      : static_cast<float*>(p.lse.data) + b * p.lse.stride[0] +
-                                            at.h * p.lse.stride[1] + at.i * p.lse.stride[2];
+                                      : static_cast<float*>(p.lse.data) + b * p.lse.stride[0] + at.h * p.lse.stride[1] +
+                                            at.i * p.lse.stride[2];
         if ((lane() & 3) == 0) store_global(lse, row_lse);
         const Matrix<T> out = head_matrix<T>(p.out, b, at.h, p.seqlen_q, p.head_dim_v);
 #pragma unroll
@@ -182,7 +182,8 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
 
 // One warp per row: lse = log sum exp(lse of the splits), out = sum exp(lse of a split - lse) times its output.
 template <typename T>
-FASTATTN_KERNEL(kCombineThreads, 1) combine_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(kCombineThreads, 1)
+combine_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int64_t flat = block_index() * (kCombineThreads / 32) + warp();
     if (flat >= all_rows(p)) return;
     const int64_t i = flat % p.seqlen_q, h = flat / p.seqlen_q % p.heads_q, b = flat / p.seqlen_q / p.heads_q;
@@ -221,10 +222,12 @@ void forward_general(const AttentionParams& p, void* stream) {
     constexpr ForwardTile kTile = general_forward_tile(kHeadDim);
     const int64_t group_rows = p.heads_q / p.heads_k * p.seqlen_q;
     const int64_t tiles = (group_rows + kTile.queries - 1) / kTile.queries;
-    launch(forward_general_kernel<T, kHeadDim>, {tiles * p.heads_k * p.batch * p.num_splits}, kTile.threads(), kTile.shared_bytes(kHeadDim), stream, p);
+    launch(forward_general_kernel<T, kHeadDim>, {tiles * p.heads_k * p.batch * p.num_splits}, kTile.threads(),
+           kTile.shared_bytes(kHeadDim), stream, p);
     if (p.num_splits > 1) {
         const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
-        launch(combine_kernel<T>, {(rows + kCombineThreads / 32 - 1) / (kCombineThreads / 32)}, kCombineThreads, 0, stream, p);
+        launch(combine_kernel<T>, {(rows + kCombineThreads / 32 - 1) / (kCombineThreads / 32)}, kCombineThreads, 0,
+               stream, p);
     }
 }
 

@@ -144,8 +144,8 @@ constexpr float kInvisible = -0.f;  // in P and dS, where no visible entry is -0
 // B's finite part is multiplied as it is. Its other part is only counted, over the visible entries: +inf as 1, -inf as
 // 32, NaN as both (at most 16 rows, so the counts do not meet), and where a count is not 0 its infinity is added.
 //
-// An infinity of B against a negative entry of A gets the wrong sign: only dS has those, and an infinite q or k has made
-// its row of dS NaN already.
+// An infinity of B against a negative entry of A gets the wrong sign: only dS has those, and an infinite q or k has
+// made its row of dS NaN already.
 template <typename T, int kCols, int kGroups, int kM, int kN>
 FASTATTN_DEVICE void multiply_columns_visible(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][4], uint32_t b,
                                               int group) {

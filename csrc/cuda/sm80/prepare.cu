@@ -12,7 +12,8 @@ constexpr int kRowsPerBlock = kThreads / 4;
 
 // Four threads per row: delta = rowsum(dO * O) - dlse; lse, or +inf where it is -inf; zeros where dQ will be summed.
 template <typename T>
-FASTATTN_KERNEL(kThreads, 1) prepare_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(kThreads, 1)
+prepare_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int64_t row = block_index() * kRowsPerBlock + thread_index() / 4;
     const bool exists = row < all_rows(p);
     const int64_t i = row % p.seqlen_q, h = row / p.seqlen_q % p.heads_q, b = row / p.seqlen_q / p.heads_q;
@@ -53,7 +54,8 @@ FASTATTN_KERNEL(kThreads, 1) prepare_kernel(FASTATTN_CONSTANT AttentionParams p)
 }
 
 template <typename T>
-FASTATTN_KERNEL(kThreads, 1) convert_dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
+FASTATTN_KERNEL(kThreads, 1)
+convert_dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int pairs = static_cast<int>(p.head_dim_qk + 1) / 2;
     const int64_t n = block_index() * kThreads + thread_index(), row = n / pairs;
     if (row >= all_rows(p)) return;

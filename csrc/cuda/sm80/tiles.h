@@ -15,12 +15,12 @@ struct ForwardTile {
 };
 
 // 32 rows a warp use each fragment of K and V twice, which halves the shared memory traffic, the limit at 16 rows. From
-// head_dim 192 on the accumulators of 32 rows do not fit in the registers.
+// head_dim 128 on the accumulators of 32 rows leave too few registers.
 constexpr ForwardTile forward_tile(int head_dim) {
     if (head_dim <= 32) return {128, 64, 4};   // 24 KiB
     if (head_dim <= 64) return {128, 64, 4};   // 48 KiB, two blocks on an SM of 100 KiB
     if (head_dim <= 96) return {128, 32, 4};   // 48 KiB; as below
-    if (head_dim <= 128) return {128, 32, 4};  // 64 KiB; 64 keys take more registers than there are
+    if (head_dim <= 128) return {128, 64, 8};  // 96 KiB; 16 rows a warp: 32 take more registers than there are
     if (head_dim <= 192) return {128, 32, 8};  // 96 KiB
     return {64, 32, 4};                        // 96 KiB; 128 rows would take 128 KiB
 }
