@@ -2,6 +2,7 @@
 #include "cuda/sm90/dispatch.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <sstream>
 #include <type_traits>
 
@@ -64,7 +65,15 @@ std::string inputs_reason(const AttentionParams& p) {
 bool is_banded(const AttentionParams& p) {
     return p.offset + p.right < p.seqlen_k - 1 || p.offset - p.left > 1 - p.seqlen_q;
 }
-int forward_variant(const AttentionParams& p) { return is_banded(p) ? kBanded : kFull; }
+int forward_variant(const AttentionParams& p) {
+    if (const char* asked = std::getenv("FASTATTN_SM90_VARIANT")) {
+        const int variant = std::atoi(asked);
+        check(0 <= variant && variant < kVariants, "FASTATTN_SM90_VARIANT ", asked, ": this build has ", kVariants,
+              " variants, from 0; FASTATTN_SM90_VARIANTS=1 builds those for timing");
+        return variant;
+    }
+    return is_banded(p) ? kBanded : kFull;
+}
 
 int forward_head_dim(const AttentionParams& p) {
     const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v);
