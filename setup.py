@@ -4,7 +4,7 @@ Environment:
     FASTATTN_CPU=0            no compiled code at all: Triton and reference kernels only
     FASTATTN_CUDA=0 | 1       leave the CUDA kernels out, or fail without a CUDA compiler (default: build if found)
     FASTATTN_CUDA_ARCHS       architectures, e.g. "80;90" (default: those of DEFAULT_CUDA_ARCHS that nvcc knows)
-    FASTATTN_SM90_VARIANTS=1  Hopper kernels in every variant that `python -m benchmarks.hopper` times
+    FASTATTN_SM90_VARIANTS=1  every variant of the Hopper forward, for timing: see csrc/cuda/sm90/tiles.h
     FASTATTN_SANITIZE         e.g. "address,undefined": host code with these sanitizers
     FASTATTN_JOBS             parallel compilations (default: one per core)
     CXX, CUDA_HOME            compilers
@@ -134,11 +134,24 @@ class Nvcc:
         return any(a in ("90", "90a") for a in self.archs)
 
     def arch_flags(self, hopper: bool) -> list[str]:
-        """Machine code for every architecture, and PTX of the lowest: that runs on all newer ones too."""
+        """Machine code for every architecture, and PTX of the lowest: that runs on all newer ones too.
+
+        Compiled to PTX once for the architectures before sm_90 and once for those from it on, which no kernel so far
+        tells apart: machine code is then made from two compilations rather than from one for each architecture.
+        """
         if hopper:  # wgmma and setmaxnreg are in sm_90a only, which runs on nothing else
             return ["-gencode=arch=compute_90a,code=sm_90a"]
-        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
-        lowest = min(self.archs, key=lambda a: int(re.sub(r"\D", "", a)))
+
+        def number(arch: str) -> int:
+            return int(re.sub(r"\D", "", arch))
+
+        def virtual(arch: str) -> str:
+            if not arch.isdigit():  # 90a, 100f: its instructions are in no other PTX
+                return arch
+            return min((a for a in self.archs if a.isdigit() and (number(a) < 90) == (number(arch) < 90)), key=number)
+
+        flags = [f"-gencode=arch=compute_{virtual(a)},code=sm_{a}" for a in self.archs]
+        lowest = min(self.archs, key=number)
         return [*flags, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
 
 

@@ -38,6 +38,11 @@ public:
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
         return value;
     }
+    template <typename T>
+    void table(Table<T>& result) {
+        result.data = static_cast<const T*>(pointer());
+        for (int64_t& stride : result.stride) stride = integer();
+    }
 
 private:
     PyObject* tuple_;
@@ -54,11 +59,26 @@ Tensor4 tensor(const py::object& packed) {
     return result;
 }
 
+void read_tables(AttentionParams& p, const py::object& packed) {
+    if (!PyTuple_Check(packed.ptr())) throw py::type_error("tables must be None or a tuple of numbers");
+    TupleReader reader(py::reinterpret_borrow<py::tuple>(packed), 30);
+    reader.table(p.alibi_slopes);
+    reader.table(p.sinks);
+    reader.table(p.q_segments);
+    reader.table(p.k_segments);
+    reader.table(p.prefix_lens);
+    reader.table(p.cu_seqlens_q);
+    reader.table(p.cu_seqlens_k);
+    reader.table(p.seqused_k);
+    reader.table(p.leftpad_k);
+    reader.table(p.block_table);
+}
+
 AttentionParams forward_params(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
                                const py::object& v, const py::object& mask, const py::object& bias,
-                               const py::object& out, const py::object& lse) {
+                               const py::object& tables, const py::object& out, const py::object& lse) {
     AttentionParams p{};
-    TupleReader reader(call, 19);
+    TupleReader reader(call, 25);
     p.dtype = static_cast<DType>(reader.integer());
     p.bias_dtype = static_cast<DType>(reader.integer());
     p.batch = reader.integer();
@@ -75,6 +95,12 @@ AttentionParams forward_params(const py::tuple& call, uintptr_t dropout_seed, co
     p.dropout_threshold = static_cast<uint64_t>(reader.integer());
     p.dropout_scale = reader.real();
     for (int64_t& size : p.bias_shape) size = reader.integer();
+    p.softcap = reader.real();
+    p.relative_offset = reader.integer() != 0;
+    p.total_q = reader.integer();
+    p.total_k = reader.integer();
+    p.page_size = reader.integer();
+    p.num_splits = reader.integer();
     p.dropout_seed = reinterpret_cast<const int64_t*>(dropout_seed);
     check(p.dropout_threshold == 0 || p.dropout_seed != nullptr, "dropout without a seed");
     p.q = tensor(q);
@@ -82,6 +108,7 @@ AttentionParams forward_params(const py::tuple& call, uintptr_t dropout_seed, co
     p.v = tensor(v);
     p.mask = tensor(mask);
     p.bias = tensor(bias);
+    if (!tables.is_none()) read_tables(p, tables);
     p.out = tensor(out);
     p.lse = tensor(lse);
     return p;
@@ -100,20 +127,21 @@ AttentionParams backward_params(AttentionParams p, const py::object& grad_out, c
 }
 
 void cpu_forward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
-                 const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
-                 const py::object& lse, int64_t num_threads) {
-    AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse);
+                 const py::object& v, const py::object& mask, const py::object& bias, const py::object& tables,
+                 const py::object& out, const py::object& lse, int64_t num_threads) {
+    AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, tables, out, lse);
     p.num_threads = num_threads;
     py::gil_scoped_release release;
     cpu::attention_forward(p);
 }
 
 void cpu_backward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
-                  const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
-                  const py::object& lse, const py::object& grad_out, const py::object& grad_lse, const py::object& dq,
-                  const py::object& dk, const py::object& dv, const py::object& dbias, int64_t num_threads) {
-    AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse), grad_out,
-                                        grad_lse, dq, dk, dv, dbias);
+                  const py::object& v, const py::object& mask, const py::object& bias, const py::object& tables,
+                  const py::object& out, const py::object& lse, const py::object& grad_out, const py::object& grad_lse,
+                  const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias,
+                  int64_t num_threads) {
+    AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, tables, out, lse),
+                                        grad_out, grad_lse, dq, dk, dv, dbias);
     p.num_threads = num_threads;
     py::gil_scoped_release release;
     cpu::attention_backward(p);
@@ -125,7 +153,7 @@ AttentionParams cuda_call_params(const py::tuple& call, bool has_mask, bool has_
                                  int64_t device) {
     const py::object none = py::none(), some = py::make_tuple(1, 0, 0, 0, 0);
     AttentionParams p = forward_params(call, 1, none, none, none, has_mask ? some : none, has_bias ? some : none, none,
-                                       none);
+                                       none, none);
     p.deterministic = deterministic;
     p.device = device;
     return p;
@@ -144,9 +172,10 @@ size_t cuda_backward_workspace_bytes(const py::tuple& call, bool deterministic) 
 }
 
 void cuda_forward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
-                  const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
-                  const py::object& lse, uintptr_t workspace, int64_t device, uintptr_t stream) {
-    AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse);
+                  const py::object& v, const py::object& mask, const py::object& bias, const py::object& tables,
+                  const py::object& out, const py::object& lse, uintptr_t workspace, int64_t device,
+                  uintptr_t stream) {
+    AttentionParams p = forward_params(call, dropout_seed, q, k, v, mask, bias, tables, out, lse);
     p.workspace = reinterpret_cast<void*>(workspace);
     p.device = device;
     py::gil_scoped_release release;
@@ -154,12 +183,12 @@ void cuda_forward(const py::tuple& call, uintptr_t dropout_seed, const py::objec
 }
 
 void cuda_backward(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
-                   const py::object& v, const py::object& mask, const py::object& bias, const py::object& out,
-                   const py::object& lse, const py::object& grad_out, const py::object& grad_lse, const py::object& dq,
-                   const py::object& dk, const py::object& dv, const py::object& dbias, uintptr_t workspace,
-                   bool deterministic, int64_t device, uintptr_t stream) {
-    AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, out, lse), grad_out,
-                                        grad_lse, dq, dk, dv, dbias);
+                   const py::object& v, const py::object& mask, const py::object& bias, const py::object& tables,
+                   const py::object& out, const py::object& lse, const py::object& grad_out, const py::object& grad_lse,
+                   const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias,
+                   uintptr_t workspace, bool deterministic, int64_t device, uintptr_t stream) {
+    AttentionParams p = backward_params(forward_params(call, dropout_seed, q, k, v, mask, bias, tables, out, lse),
+                                        grad_out, grad_lse, dq, dk, dv, dbias);
     p.workspace = reinterpret_cast<void*>(workspace);
     p.deterministic = deterministic;
     p.device = device;

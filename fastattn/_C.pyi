@@ -1,9 +1,9 @@
 """The compiled kernels, called by ``fastattn.backends.cpu`` and ``fastattn.backends.cuda``.
 
 All arguments are positional, as packed by ``fastattn.backends.native``; a tensor is ``(pointer, *strides)`` with four
-strides in elements, or None::
+strides in elements, or None; ``tables`` is one flat tuple of ``(pointer, *strides)`` with two strides each, or None::
 
-    *_forward:   call, dropout_seed, q, k, v, mask, bias, out, lse
+    *_forward:   call, dropout_seed, q, k, v, mask, bias, tables, out, lse
     *_backward:  the same, grad_out, grad_lse, dq, dk, dv, dbias
     cpu_*:       ..., num_threads
     cuda_*:      ..., workspace, (backward: deterministic,) device, stream

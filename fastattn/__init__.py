@@ -4,11 +4,13 @@ from fastattn import reference
 from fastattn.dispatch import use_backend
 from fastattn.functional import attention, attention_weights, explain, scaled_dot_product_attention
 from fastattn.modules import MultiHeadAttention
+from fastattn.packed import attention_varlen
 from fastattn.swap import swap_attention
 
 __all__ = [
     "MultiHeadAttention",
     "attention",
+    "attention_varlen",
     "attention_weights",
     "explain",
     "reference",

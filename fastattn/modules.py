@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
-from fastattn.functional import attention, attention_weights, draw_dropout_seed
+from fastattn.call import draw_dropout_seed
+from fastattn.functional import attention, attention_weights
 from fastattn.masks import expand_attn_mask, expand_padding_mask, hidden_by_window, merge_masks, pad_keys
 from fastattn.spec import Window, check_window
 

@@ -8,39 +8,51 @@ has validated and normalised them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.backends.base import Backend, empty_like_layout, empty_lse
+from fastattn.backends.base import Backend, Tensors, empty_like_layout, empty_lse
 from fastattn.spec import AttentionSpec
 
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor?[] others"
 _CALL = (
     "float softmax_scale, SymInt? window_left, SymInt? window_right, SymInt offset, float dropout_p, "
-    "bool needs_grad, bool needs_bias_grad, str backend"
+    "bool needs_grad, bool needs_bias_grad, str backend, float softcap=0.0, bool relative_offset=False, "
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, int num_splits=0"
 )
 _library = torch.library.Library("fastattn", "DEF")
+_library.define(f"attention_forward({_TENSORS}, {_CALL}) -> (Tensor, Tensor)")
 _library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? dropout_seed, "
-    f"{_CALL}) -> (Tensor, Tensor)"
-)
-_library.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, "
-    f"Tensor? dropout_seed, Tensor out, Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_TENSORS}, Tensor out, Tensor lse, {_CALL}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-Call = tuple[float, int | None, int | None, int, float, bool, bool, str]
+#: The operators' arguments after the tensors. The last five may be missing when they have their defaults.
+Call = tuple[Any, ...]
+#: Tensors without a gradient, in the order of ``Tensors`` after sinks; empty when all of them are None.
+Others = Sequence[Tensor | None]
+_DEFAULTS: Call = (0.0, False, 0, 0, 0)
 _plans: dict[tuple[Any, ...], tuple[AttentionSpec, Backend | None]] = {}
 _MAX_PLANS = 4096
 
 
-def make_spec(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, call: Call) -> AttentionSpec:
+def make_spec(t: Tensors, call: Call) -> AttentionSpec:
     """The spec of a normalised call, from the tensors' metadata and the operator's remaining arguments."""
-    scale, left, right, offset, dropout_p, needs_grad, needs_bias_grad, _ = call
-    batch, heads_q, seqlen_q, head_dim_qk = q.shape
-    _, heads_k, seqlen_k, head_dim_v = v.shape
+    scale, left, right, offset, dropout_p, needs_grad, needs_bias_grad, _ = call[:8]
+    softcap, relative_offset, max_seqlen_q, max_seqlen_k, num_splits = (*call[8:], *_DEFAULTS[len(call) - 8 :])
+    batch, heads_q, seqlen_q, head_dim_qk = t.q.shape
+    _, heads_k, seqlen_k, head_dim_v = t.v.shape
+    packed, paged, total_q, total_k = t.cu_seqlens_q is not None, t.block_table is not None, 0, 0
+    if t.cu_seqlens_q is not None:
+        batch, total_q, seqlen_q = t.cu_seqlens_q.shape[0] - 1, seqlen_q, max_seqlen_q
+        total_k, seqlen_k = 0 if paged else seqlen_k, max_seqlen_k
+    elif paged:
+        seqlen_k = max_seqlen_k
+    bias = t.bias
     return AttentionSpec(
         batch=batch,
         heads_q=heads_q,
@@ -49,38 +61,51 @@ def make_spec(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor
         seqlen_k=seqlen_k,
         head_dim_qk=head_dim_qk,
         head_dim_v=head_dim_v,
-        dtype=q.dtype,
-        device=q.device.type,
+        dtype=t.q.dtype,
+        device=t.q.device.type,
         softmax_scale=scale,
         window=(left, right),
         offset=offset,
-        mask=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]
+        mask=None if t.mask is None else tuple(t.mask.shape),  # type: ignore[arg-type]
         bias=None if bias is None else tuple(bias.shape),  # type: ignore[arg-type]
         bias_dtype=None if bias is None else bias.dtype,
         dropout_p=dropout_p,
         needs_grad=needs_grad,
         needs_bias_grad=needs_bias_grad,
+        softcap=softcap,
+        alibi=None if t.alibi_slopes is None else tuple(t.alibi_slopes.shape),
+        sinks=t.sinks is not None,
+        segments=t.q_segments is not None,
+        prefix=t.prefix_lens is not None,
+        packed=packed,
+        total_q=total_q,
+        total_k=total_k,
+        seqused_k=t.seqused_k is not None,
+        leftpad_k=t.leftpad_k is not None,
+        page_size=t.k.shape[2] if paged else None,
+        num_splits=num_splits,
+        relative_offset=relative_offset,
     )
 
 
-def _plan(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, call: Call
-) -> tuple[AttentionSpec, Backend | None]:
+def _plan(t: Tensors, others: Others, call: Call) -> tuple[AttentionSpec, Backend | None]:
     """The spec and its backend (None: nothing to compute), remembered by everything that they depend on."""
+    q, bias = t.q, t.bias
     key = (
         q.shape,
-        k.shape,
-        v.shape,
+        t.k.shape,
+        t.v.shape,
         q.dtype,
         q.device.type,
-        mask if mask is None else mask.shape,
         bias if bias is None else (bias.shape, bias.dtype),
+        t.sinks is None,
+        tuple([x if x is None else x.shape for x in others]) if others else (),
         call,
     )
     plan = _plans.get(key)
     if plan is None:
-        spec = make_spec(q, k, v, mask, bias, call)
-        chosen = dispatch.select(spec, call[-1])
+        spec = make_spec(t, call)
+        chosen = dispatch.select(spec, call[7])
         plan = (spec, None if spec.is_empty else chosen)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
@@ -89,12 +114,14 @@ def _plan(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None, *call: Any
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, others: Others, *call: Any
 ) -> tuple[Tensor, Tensor]:
-    spec, backend = _plan(q, k, v, mask, bias, call)
+    t = Tensors(q, k, v, bias, sinks, *others)
+    spec, backend = _plan(t, others, call)
     if backend is None:
-        return empty_like_layout(q, spec.head_dim_v).zero_(), empty_lse(q).fill_(-math.inf)
-    return backend.forward(spec, q, k, v, mask, bias, dropout_seed)
+        lse = empty_lse(q).fill_(-math.inf) if sinks is None else empty_lse(q).copy_(sinks.view(-1, 1))
+        return empty_like_layout(q, spec.head_dim_v).zero_(), lse
+    return backend.forward(spec, t)
 
 
 def _backward(
@@ -103,25 +130,26 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
     bias: Tensor | None,
-    dropout_seed: Tensor | None,
+    sinks: Tensor | None,
+    others: Others,
     out: Tensor,
     lse: Tensor,
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spec, backend = _plan(q, k, v, mask, bias, call)
+    t = Tensors(q, k, v, bias, sinks, *others)
+    spec, backend = _plan(t, others, call)
     if backend is None:
         gradients = [empty_like_layout(x).zero_() for x in (q, k, v)]
         dbias = None if bias is None or not spec.needs_bias_grad else torch.zeros_like(bias)
     else:
-        *gradients, dbias = backend.backward(spec, grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse)
+        *gradients, dbias = backend.backward(spec, t, grad_out, grad_lse, out, lse)
     dq, dk, dv = gradients
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None, *call: Any
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, others: Others, *call: Any
 ) -> tuple[Tensor, Tensor]:
     return empty_like_layout(q, v.shape[3]), empty_lse(q)
 
@@ -132,15 +160,28 @@ def _backward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
     bias: Tensor | None,
-    dropout_seed: Tensor | None,
+    sinks: Tensor | None,
+    others: Others,
     out: Tensor,
     lse: Tensor,
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = bias.new_empty(bias.shape) if bias is not None and call[6] else q.new_empty(0)
     return empty_like_layout(q), empty_like_layout(k), empty_like_layout(v), dbias
+
+
+def sinks_gradient(grad_out: Tensor, grad_lse: Tensor | None, sinks: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """The gradient of the sinks, ``dsink = -sum over batch and rows of exp(sink - lse) · delta``, O(seq) memory.
+
+    A sink is one more score whose value vector is 0, so that ``dP = 0`` there and ``dS = P · (dP - delta)``, with
+    ``delta = rowsum(dO ∘ O) - dlse``.
+    """
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    p = torch.where(lse == -math.inf, 0, (sinks.view(-1, 1) - lse).exp())
+    return -(p * delta).sum((0, 2))
 
 
 class _Attention(torch.autograd.Function):
@@ -150,33 +191,35 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None,
         bias: Tensor | None,
-        dropout_seed: Tensor | None,
+        sinks: Tensor | None,
+        others: Others,
         *call: Any,
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _forward_op(q, k, v, mask, bias, dropout_seed, *call)
+            out, lse = _forward_op(q, k, v, bias, sinks, others, *call)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, mask, bias, dropout_seed, out, lse)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *others)
         ctx.call = call
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, bias, dropout_seed, out, lse = ctx.saved_tensors
+        q, k, v, bias, sinks, out, lse, *others = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
                 return (None,) * (6 + len(ctx.call))
             grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-        dq, dk, dv, dbias = _backward_op(grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse, *ctx.call)
+        dq = dk = dv = dbias = None
         needs = ctx.needs_input_grad
+        if ctx.call[5] or ctx.call[6]:
+            dq, dk, dv, dbias = _backward_op(grad_out, grad_lse, q, k, v, bias, sinks, others, out, lse, *ctx.call)
         return (
             dq if needs[0] else None,
             dk if needs[1] else None,
             dv if needs[2] else None,
-            None,
-            dbias if needs[4] else None,
+            dbias if needs[3] else None,
+            sinks_gradient(grad_out, grad_lse, sinks, out, lse) if needs[4] else None,
             *(None,) * (1 + len(ctx.call)),
         )
 
@@ -196,9 +239,13 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, _, bias, *_ = arguments
+    q, k, v, bias, sinks, *_ = arguments
     if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
     ):
         return _Attention.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -212,6 +259,24 @@ def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
         return _backward_op(*arguments)
 
 
+def _slice(x: Any, dim: Any, n: int) -> Any:
+    """Entry ``n`` of what ``torch.func.vmap`` maps over, as it is where ``dim`` is None."""
+    if isinstance(x, (list, tuple)):
+        return [_slice(item, d, n) for item, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, n)
+
+
+def _vmap(name: str) -> Callable[..., Any]:
+    """One call after the other: packed sequences have no batch dimension to fold another into."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        op = getattr(torch.ops.fastattn, name).default
+        results = [op(*_slice(arguments, in_dims, n)) for n in range(info.batch_size)]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
 for _name, _kernel, _autograd, _fake in (
     ("attention_forward", _forward, _forward_autograd, _forward_fake),
     ("attention_backward", _backward, _backward_autograd, _backward_fake),
@@ -220,6 +285,7 @@ for _name, _kernel, _autograd, _fake in (
         _library.impl(_name, _kernel, _key)
     _library.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"fastattn::{_name}", _vmap(_name), lib=_library)
 
 _forward_op = torch.ops.fastattn.attention_forward.default
 _backward_op = torch.ops.fastattn.attention_backward.default

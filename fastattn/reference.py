@@ -1,6 +1,6 @@
 """Attention as the definition says it, in plain torch: the oracle that every kernel is held to.
 
-    attention(Q, K, V) = softmax(scale · Q Kᵀ + bias) V          Vaswani et al. 2017 (arXiv 1706.03762), eq. 1
+    attention(Q, K, V) = softmax(scale · Q Kᵀ + bias) V         Vaswani et al. 2017 (arXiv 1706.03762), eq. 1
 
 Written to be read, and to be right in float64; it holds the whole score matrix in memory.
 """
@@ -51,28 +51,52 @@ def visible_keys(
     seqlen_q: int,
     seqlen_k: int,
     window: Window = (None, None),
-    offset: int = 0,
+    offset: int | Tensor = 0,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     device: torch.device | None = None,
+    *,
+    q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> Tensor:
     """Which keys each query sees: bool, broadcastable to ``(batch, heads, seqlen_q, seqlen_k)``.
 
-    Inside the window, True in the mask, and not -inf in the bias.
+    Inside the window or the prefix; of the query's segment; True in the mask, and not -inf in the bias; and neither
+    the query nor the key is padding. Arguments as :func:`attention`; ``offset`` may be ``(batch, 1, 1, 1)``.
     """
     left, right = window
-    i = torch.arange(seqlen_q, device=device).view(-1, 1) + offset
+    i = torch.arange(seqlen_q, device=device).view(-1, 1)
     j = torch.arange(seqlen_k, device=device)
+    diagonal = i + offset
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
     if left is not None:
-        visible = visible & (j >= i - left)
+        visible = visible & (j >= diagonal - left)
     if right is not None:
-        visible = visible & (j <= i + right)
+        visible = visible & (j <= diagonal + right)
+    if prefix_lens is not None:
+        visible = visible | (j < per_sequence(prefix_lens))
+    if q_segments is not None and k_segments is not None:
+        visible = visible & (q_segments[:, None, :, None] == k_segments[:, None, None, :])
+    if seqlens_q is not None:
+        visible = visible & (i < per_sequence(seqlens_q))
+    if seqlens_k is not None:
+        visible = visible & (j < per_sequence(seqlens_k))
+    if leftpad_k is not None:
+        visible = visible & (j >= per_sequence(leftpad_k))
     if mask is not None:
         visible = visible & mask
     if bias is not None:
         visible = visible & (bias != -math.inf)
     return visible
+
+
+def per_sequence(x: Tensor) -> Tensor:
+    """``(batch,)`` as ``(batch, 1, 1, 1)``."""
+    return x.view(-1, 1, 1, 1)
 
 
 def masked_matmul(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
@@ -96,25 +120,57 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def scores(q: Tensor, k: Tensor, visible: Tensor, bias: Tensor | None, softmax_scale: float) -> Tensor:
-    """``scale · q kᵀ + bias``, -inf where not visible. ``k`` has as many heads as ``q``."""
+def alibi(slopes: Tensor, seqlen_q: int, seqlen_k: int, offset: int | Tensor) -> Tensor:
+    """``-slope · |i + offset - j|`` (Press et al., arXiv 2108.12409), ``(batch or 1, heads, seqlen_q, seqlen_k)``.
+
+    ``slopes`` is ``(heads,)`` or ``(batch, heads)``.
+    """
+    i = torch.arange(seqlen_q, device=slopes.device).view(-1, 1)
+    j = torch.arange(seqlen_k, device=slopes.device)
+    return -slopes.view(-1, slopes.shape[-1], 1, 1) * (i + offset - j).abs()
+
+
+def scores(
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    bias: Tensor | None,
+    softmax_scale: float,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    offset: int | Tensor = 0,
+) -> Tensor:
+    """``cap(scale · q kᵀ) + alibi + bias``, -inf where not visible; ``cap(s) = softcap · tanh(s / softcap)``.
+
+    ``k`` has as many heads as ``q``.
+    """
     s = (q @ k.transpose(-1, -2)) * softmax_scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if alibi_slopes is not None:
+        s = s + alibi(alibi_slopes.to(s.dtype), s.shape[-2], s.shape[-1], offset)
     if bias is not None:
         s = s + bias.to(s.dtype)
     return torch.where(visible, s, -math.inf)
 
 
-def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+def softmax(s: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights and natural log-sum-exp over the last dimension; a row of -inf has weights 0 and -inf, with gradient 0.
 
+    ``sinks (heads,)`` is one more logit in every row, in the denominator only: the weights then sum to less than 1.
     The weights are exp(s - max) / sum, not exp(s - lse): beside a maximum of finfo.min the logarithm is lost in lse.
     """
+    sink = None if sinks is None else sinks.to(s.dtype).view(-1, 1, 1)
     if s.shape[-1] == 0:
-        return s, s.new_full(s.shape[:-1], -math.inf)
-    top = s.amax(-1, keepdim=True).detach()
+        lse = s.new_full(s.shape[:-1], -math.inf)
+        return s, lse if sink is None else lse.logaddexp(sink.squeeze(-1))
+    top = s.amax(-1, keepdim=True)
+    top = (top if sink is None else top.maximum(sink)).detach()
     top = torch.where(top == -math.inf, 0, top)
     p = (s - top).exp()
     total = p.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - top).exp()
     nothing = total == 0
     total = torch.where(nothing, 1, total)
     return p / total, torch.where(nothing, -math.inf, top + total.log()).squeeze(-1)
@@ -124,6 +180,19 @@ def weights_from_lse(s: Tensor, lse: Tensor) -> Tensor:
     """``exp(s - lse)``: the softmax of the scores; 0 in rows that see nothing."""
     lse = torch.where(lse == -math.inf, 0, lse)
     return (s - lse.unsqueeze(-1).to(s.dtype)).exp()
+
+
+def diagonals(
+    seqlen_q: int, seqlen_k: int, seqlens_q: Tensor | None = None, seqlens_k: Tensor | None = None
+) -> int | Tensor:
+    """Keys less queries: the offset that puts the diagonal in the bottom right corner, of each sequence if they differ.
+
+    An int, or ``(batch, 1, 1, 1)``.
+    """
+    if seqlens_q is None and seqlens_k is None:
+        return seqlen_k - seqlen_q
+    keys = seqlen_k if seqlens_k is None else per_sequence(seqlens_k)
+    return keys - (seqlen_q if seqlens_q is None else per_sequence(seqlens_q))
 
 
 def attention(
@@ -140,6 +209,15 @@ def attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The naive implementation of :func:`fastattn.attention`: same arguments, same meaning, any order of derivative.
 
@@ -151,6 +229,9 @@ def attention(
         key: ``(batch, heads_k, seq_k, head_dim_qk)``.
         value: ``(batch, heads_k, seq_k, head_dim_v)``.
         dropout_seed: int64, one element; needed when ``dropout_p`` > 0.
+        seqlens_q, seqlens_k: integers ``(batch,)``: queries and keys of each sequence, those beyond are padding. They
+            move the default ``offset`` to ``seqlens_k - seqlens_q``, sequence by sequence.
+        leftpad_k: integers ``(batch,)``: keys before this one are padding, too.
 
     Returns:
         ``(batch, heads_q, seq_q, head_dim_v)``, and with ``return_lse`` the log-sum-exp ``(batch, heads_q, seq_q)``.
@@ -160,13 +241,27 @@ def attention(
     left, right = window or (None, None)
     if causal:
         right = 0 if right is None else min(right, 0)
-    offset = seqlen_k - seqlen_q if offset is None else offset
+    diagonal = diagonals(seqlen_q, seqlen_k, seqlens_q, seqlens_k) if offset is None else offset
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     k, v = repeat_heads(key, heads), repeat_heads(value, heads)
-    visible = visible_keys(seqlen_q, seqlen_k, (left, right), offset, mask, bias, query.device)
+    visible = visible_keys(
+        seqlen_q,
+        seqlen_k,
+        (left, right),
+        diagonal,
+        mask,
+        bias,
+        query.device,
+        q_segments=q_segments,
+        k_segments=k_segments,
+        prefix_lens=prefix_lens,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        leftpad_k=leftpad_k,
+    )
 
-    s = scores(query, k, visible, bias, scale)
-    p, lse = softmax(s)
+    s = scores(query, k, visible, bias, scale, softcap, alibi_slopes, diagonal)
+    p, lse = softmax(s, sinks)
     if dropout_p:
         if dropout_seed is None:
             raise ValueError("dropout_p > 0 needs a dropout_seed, an int64 tensor of one element")

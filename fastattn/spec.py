@@ -7,7 +7,8 @@ on it whether they can run, the tests draw their cases from it, the benchmarks c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,8 +28,16 @@ class AttentionSpec:
 
     With ``q (batch, heads_q, seqlen_q, head_dim_qk)``, ``k (batch, heads_k, seqlen_k, head_dim_qk)`` and
     ``v (batch, heads_k, seqlen_k, head_dim_v)``, query head ``h`` reads key head ``h // group_size``, and key ``j``
-    is visible to query ``i`` iff ``i + offset - left <= j <= i + offset + right`` (None: unbounded), the boolean
-    mask is True there and the bias is not -inf there.
+    is visible to query ``i`` iff
+
+    - it exists: ``leftpad_k[b] <= j < n_b``, the sequence's number of keys (``seqlen_k`` unless given per sequence);
+    - ``i + offset_b - left <= j <= i + offset_b + right`` (None: unbounded), or ``j < prefix_lens[b]``;
+    - ``q_segments[b, i] == k_segments[b, j]``, the boolean mask is True there and the bias is not -inf there.
+
+    Packed sequences: q is ``(1, heads_q, total_q, head_dim_qk)``, sequence ``b`` its rows ``cu_seqlens_q[b]`` to
+    ``cu_seqlens_q[b + 1]``; k and v likewise, unless they are paged. ``i`` and ``j`` count within the sequence, and
+    ``seqlen_q`` and ``seqlen_k`` are those of the longest. Paged keys: k and v are ``(num_pages, heads_k, page_size,
+    head_dim)``, and key ``j`` is row ``j % page_size`` of page ``block_table[b, j // page_size]``.
     """
 
     batch: int
@@ -49,6 +58,26 @@ class AttentionSpec:
     dropout_p: float = 0.0
     needs_grad: bool = False
     needs_bias_grad: bool = False
+    softcap: float = 0.0  #: scores become softcap · tanh(scores / softcap); 0: as they are
+    alibi: tuple[int, ...] | None = None  #: shape of the slopes: (heads_q,) or (batch, heads_q)
+    sinks: bool = False  #: a logit per query head that takes part in the softmax's denominator only
+    segments: bool = False
+    prefix: bool = False
+    packed: bool = False
+    total_q: int = 0  #: rows of packed q; 0 when not packed
+    total_k: int = 0  #: rows of packed k and v; 0 when not packed, or paged
+    seqused_k: bool = False  #: the number of keys is given per sequence, n_b = seqused_k[b]
+    leftpad_k: bool = False
+    page_size: int | None = None
+    num_splits: int = 0  #: parts that the keys are split into; 0: the kernel chooses
+    relative_offset: bool = False  #: offset_b = offset + n_b - m_b (keys less queries of the sequence), else offset
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # kept: caches of kernels and packed arguments ask for it at every call
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def group_size(self) -> int:
@@ -67,22 +96,59 @@ class AttentionSpec:
     @property
     def is_empty(self) -> bool:
         """No output element, or no key to attend to: nothing for a kernel to do."""
+        if self.packed and (self.total_q == 0 or (self.total_k == 0 and self.page_size is None)):
+            return True
         return 0 in (self.batch, self.heads_q, self.heads_k, self.seqlen_q, self.seqlen_k, self.head_dim_v)
 
     @property
     def restricts_visibility(self) -> bool:
         """Whether some key may be invisible to some query."""
-        return self.window != (None, None) or self.mask is not None or self.bias is not None
+        hides = self.mask is not None or self.bias is not None or self.segments or self.leftpad_k
+        return hides or self.window != (None, None) or self.ragged
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences of one call may differ in their numbers of queries or keys."""
+        return self.packed or self.seqused_k
+
+    def features(self) -> list[str]:
+        """What this call asks for beyond windows, mask, bias and dropout, which every backend has."""
+        asked = {
+            "softcap": self.softcap != 0.0,
+            "alibi_slopes": self.alibi is not None,
+            "sinks": self.sinks,
+            "segments": self.segments,
+            "prefix_lens": self.prefix,
+            "packed sequences": self.packed,
+            "seqused_k": self.seqused_k,
+            "leftpad_k": self.leftpad_k,
+            "paged keys": self.page_size is not None,
+            "num_splits": self.num_splits > 1,
+        }
+        return [name for name, wanted in asked.items() if wanted]
+
+    @cached_property
+    def has_tables(self) -> bool:
+        """Whether the call has tensors beside q, k, v, mask, bias and dropout's seed."""
+        rows = self.segments or self.prefix or self.seqused_k or self.leftpad_k
+        return rows or self.alibi is not None or self.sinks or self.packed or self.page_size is not None
 
     def key_range(self, i: int) -> tuple[int, int]:
-        """The keys ``[lo, hi)`` that the window leaves to query ``i``; empty when ``lo >= hi``."""
+        """The keys ``[lo, hi)`` that the window leaves to query ``i``; empty when ``lo >= hi``.
+
+        Of a sequence with ``seqlen_q`` queries and ``seqlen_k`` keys, the longest there can be.
+        """
         left, right = self.window
-        lo = 0 if left is None else max(0, i + self.offset - left)
-        hi = self.seqlen_k if right is None else min(self.seqlen_k, i + self.offset + right + 1)
+        diagonal = i + self.offset + (self.seqlen_k - self.seqlen_q if self.relative_offset else 0)
+        lo = 0 if left is None else max(0, diagonal - left)
+        hi = self.seqlen_k if right is None else min(self.seqlen_k, diagonal + right + 1)
         return lo, hi
 
     def visible_pairs(self) -> int:
-        """(query, key) pairs inside the window, for one head of one batch entry; masks are not counted."""
+        """(query, key) pairs inside the window, for one head of one batch entry.
+
+        What only the data say is not counted: masks, segments, prefixes; every sequence counts as the longest one.
+        """
         if self.window == (None, None):
             return self.seqlen_q * self.seqlen_k
         ranges = (self.key_range(i) for i in range(self.seqlen_q))
@@ -107,8 +173,8 @@ class AttentionSpec:
     def bytes(self, direction: str = "forward") -> int:
         """The least memory traffic: every input read once, every output written once (without mask and bias)."""
         size = torch.empty((), dtype=self.dtype, device="meta").element_size()
-        q = self.batch * self.heads_q * self.seqlen_q
-        k = self.batch * self.heads_k * self.seqlen_k
+        q = self.heads_q * (self.total_q if self.packed else self.batch * self.seqlen_q)
+        k = self.heads_k * (self.total_k or self.batch * self.seqlen_k)
         qo, kv = q * (self.head_dim_qk + self.head_dim_v) * size, k * (self.head_dim_qk + self.head_dim_v) * size
         lse = q * (8 if self.dtype is torch.float64 else 4)
         forward, backward = qo + kv + lse, 2 * (qo + kv) + q * self.head_dim_v * size + 2 * lse
@@ -138,8 +204,19 @@ class AttentionSpec:
             parts.append(f"bias {self.bias}{' with gradient' if self.needs_bias_grad else ''}")
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p}")
+        parts += [self._describe(feature) for feature in self.features()]
         parts.append("forward and backward" if self.needs_grad or self.needs_bias_grad else "forward")
         return ", ".join(parts)
+
+    def _describe(self, feature: str) -> str:
+        details = {
+            "softcap": self.softcap,
+            "alibi_slopes": self.alibi,
+            "packed sequences": f"({self.total_q} queries, {self.total_k} keys)",
+            "paged keys": f"({self.page_size} to a page)",
+            "num_splits": self.num_splits,
+        }
+        return f"{feature} {details[feature]}" if feature in details else feature
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -262,3 +339,78 @@ def check_bias(bias: Tensor, q: Tensor, expected: tuple[int, ...], name: str = "
             f"{name} must be of dtype {_names(accepted)} when query is {str(q.dtype).removeprefix('torch.')}, "
             f"got {str(bias.dtype).removeprefix('torch.')}"
         )
+
+
+def check_softcap(softcap: float) -> None:
+    """Raise unless the softcap is a finite number, 0 (none) or more."""
+    if isinstance(softcap, (Tensor, bool)) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be 0 (none) or a positive finite number, got {softcap}")
+
+
+def _check_dense(name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_quantized:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the query's device {q.device}, got {x.device}")
+
+
+def check_slopes(slopes: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless ``alibi_slopes`` is ``(heads_q,)`` or ``expected``, ``(*batch, heads_q)``, and asks no gradient."""
+    _check_dense("alibi_slopes", slopes, q)
+    if slopes.dtype not in SUPPORTED_DTYPES[:3]:
+        raise TypeError(f"alibi_slopes must be of dtype {_names(SUPPORTED_DTYPES[:3])}, got {slopes.dtype}")
+    if tuple(slopes.shape) not in (expected[-1:], expected):
+        raise ValueError(
+            f"alibi_slopes must have shape (heads_q,) = {expected[-1:]} or (batch, heads_q) = {expected}, "
+            f"got {tuple(slopes.shape)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a bias, which has one")
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """Raise unless ``sinks`` is ``(heads_q,)``, of a type that lse holds exactly."""
+    _check_dense("sinks", sinks, q)
+    accepted = SUPPORTED_DTYPES if q.dtype is torch.float64 else SUPPORTED_DTYPES[:3]
+    if sinks.dtype not in accepted:
+        raise TypeError(f"sinks must be of dtype {_names(accepted)}, got {str(sinks.dtype).removeprefix('torch.')}")
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must have shape (heads_q,) = ({q.shape[1]},), got {tuple(sinks.shape)}")
+
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def check_integers(name: str, x: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless ``x`` holds integers and broadcasts to ``expected`` (but not in its last dimension)."""
+    _check_dense(name, x, q)
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must hold integers ({_names(_INTEGERS)}), got {str(x.dtype).removeprefix('torch.')}")
+    fits = x.dim() <= len(expected) and all(
+        have in (1, want) for have, want in zip(reversed(x.shape), reversed(expected), strict=False)
+    )
+    if not fits or (x.dim() > 1 and x.shape[-1] != expected[-1]):
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_cu_seqlens(name: str, x: Tensor, q: Tensor, batch: int | None) -> None:
+    """Raise unless ``x`` is int32 ``(batch + 1,)`` on the query's device."""
+    _check_dense(name, x, q)
+    if x.dtype is not torch.int32:
+        raise TypeError(f"{name} must be int32, got {str(x.dtype).removeprefix('torch.')}")
+    if x.dim() != 1 or x.shape[0] == 0 or (batch is not None and x.shape[0] != batch + 1):
+        expected = "(batch + 1,)" if batch is None else f"(batch + 1,) = ({batch + 1},)"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_length(name: str, x: int) -> int:
+    """``x``, or an error unless it is an integer of at least 0."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {x!r}")
+    if x < 0:
+        raise ValueError(f"{name} must be at least 0, got {x}")
+    return x

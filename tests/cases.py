@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.call import combine_window, prepare, shaping
+from fastattn.spec import AttentionSpec
+from tests import ragged
 
 Window = tuple[int | None, int | None]
 
@@ -39,6 +43,21 @@ class Case:
     grad_layout: str = "dense"  #: or expanded (stride 0), strided
     grad_lse: bool = True
     magnitude: float = 1.0
+    softcap: float = 0.0
+    alibi: str = ""  #: "heads" or "batch": slopes (heads_q,) or (batch, heads_q)
+    sinks: bool = False
+    segments: str = ""  #: "shared" or "batch": segment ids (1, seq) or (batch, seq)
+    prefix: tuple[int, ...] | None = None
+    lengths_q: tuple[int, ...] | None = None  #: packed queries; the longest is seqlen_q
+    lengths_k: tuple[int, ...] | None = None  #: packed keys
+    used_k: tuple[int, ...] | None = None  #: seqused_k
+    leftpad: tuple[int, ...] | None = None
+    page_size: int | None = None
+    num_splits: int = 0
+
+    @property
+    def ragged(self) -> bool:
+        return any(x is not None for x in (self.lengths_q, self.used_k, self.leftpad, self.page_size))
 
     def _sizes(self, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
         full = (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
@@ -95,13 +114,46 @@ class Case:
         if self.grad_lse:
             lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
             grad_lse = place(draw(*out_shape[:3]), lse_dtype)
+        if self.lengths_q is not None:  # there are no outputs behind the end of a sequence
+            real = torch.arange(self.seqlen_q) < torch.tensor(self.lengths_q)[:, None, None]
+            grad_out = torch.where(real[..., None].to(device), grad_out, 0)
+            grad_lse = None if grad_lse is None else torch.where(real.to(device), grad_lse, 0)
+        slopes = sinks = of_q = of_k = None
+        if self.alibi:
+            shape = (self.batch, self.heads_q)[self.alibi == "heads" :]
+            slopes = place(draw(*shape).abs() / 10, torch.float32)
+        if self.sinks:
+            sinks = place(draw(self.heads_q), torch.float64 if dtype is torch.float64 else torch.float32)
+        if self.segments:
+            rows = 1 if self.segments == "shared" else self.batch
+            of_q, of_k = (
+                torch.randint(0, 3, (rows, n), generator=generator, dtype=torch.int32).sort()[0].to(device)
+                for n in (self.seqlen_q, self.seqlen_k)
+            )
+
+        def integers(x: tuple[int, ...] | None) -> Tensor | None:
+            return None if x is None else torch.tensor(x, dtype=torch.int32, device=device)
+
+        shaping = {
+            "softcap": self.softcap,
+            "alibi_slopes": slopes,
+            "q_segments": of_q,
+            "k_segments": of_k,
+            "prefix_lens": integers(self.prefix),
+        }
+        keys = self.lengths_k if self.used_k is None else self.used_k
+        lengths = {
+            "seqlens_q": integers(self.lengths_q),
+            "seqlens_k": integers(keys),
+            "leftpad_k": integers(self.leftpad),
+        }
         seed_tensor = torch.tensor([seed * 2654435761 + 12345678901], device=device) if self.dropout_p else None
-        return Inputs(self, q, k, v, mask, bias, seed_tensor, grad_out, grad_lse)
+        return Inputs(self, q, k, v, mask, bias, seed_tensor, grad_out, grad_lse, sinks, shaping, lengths)
 
 
 @dataclass
 class Inputs:
-    """The tensors of one case."""
+    """The tensors of one case; those of packed and paged sequences are padded here."""
 
     case: Case
     q: Tensor
@@ -112,7 +164,9 @@ class Inputs:
     dropout_seed: Tensor | None
     grad_out: Tensor
     grad_lse: Tensor | None
-    results: dict[str, Tensor] = field(default_factory=dict)
+    sinks: Tensor | None
+    shaping: dict[str, Any]
+    lengths: dict[str, Tensor | None]
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another dtype (lse gradients in its lse dtype)."""
@@ -128,6 +182,7 @@ class Inputs:
             k=self.k.to(dtype),
             v=self.v.to(dtype),
             bias=cast(self.bias),
+            sinks=None if self.sinks is None else self.sinks.to(lse_dtype),
             grad_out=self.grad_out.to(dtype),
             grad_lse=grad_lse,
         )
@@ -136,29 +191,51 @@ class Inputs:
         """out, lse and all gradients of ``function``, which takes the arguments of ``fastattn.attention``."""
         case = self.case
         q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
-        bias = None if self.bias is None else self.bias.detach().requires_grad_()
-        out, lse = function(
-            q,
-            k,
-            v,
-            mask=self.mask,
-            bias=bias,
-            causal=case.causal,
-            window=case.window,
-            offset=case.offset,
-            softmax_scale=case.softmax_scale,
-            dropout_p=case.dropout_p,
-            dropout_seed=self.dropout_seed,
-            return_lse=True,
+        bias, sinks = (None if x is None else x.detach().requires_grad_() for x in (self.bias, self.sinks))
+        common = {
+            "mask": self.mask,
+            "bias": bias,
+            "sinks": sinks,
+            "softmax_scale": case.softmax_scale,
+            "dropout_p": case.dropout_p,
+            "dropout_seed": self.dropout_seed,
+            **self.shaping,
             **options,
-        )
+        }
+        wanted = {"dq": q, "dk": k, "dv": v, "dbias": bias, "dsinks": sinks}
+        wanted = {name: x for name, x in wanted.items() if x is not None}
+        if function is reference.attention or not case.ragged:
+            lengths = self.lengths if function is reference.attention else {}
+            window = {"causal": case.causal, "window": case.window, "offset": case.offset}
+            out, lse = function(q, k, v, **window, **common, **lengths, return_lse=True)
+        else:
+            with torch.set_grad_enabled(case.page_size is None):
+                out, lse = ragged.attend(self, q, k, v, **common)
+        if case.lengths_q is not None:
+            real = torch.arange(case.seqlen_q, device=q.device) < self.lengths["seqlens_q"][:, None, None]
+            out, lse = torch.where(real[..., None], out, 0), torch.where(real, lse, 0)
+        if case.page_size is not None:
+            return {"out": out.detach(), "lse": lse.detach()}
         outputs, gradients = [out], [self.grad_out]
         if self.grad_lse is not None:
             outputs.append(lse)
             gradients.append(self.grad_lse.to(lse.dtype))
-        wanted = {"dq": q, "dk": k, "dv": v} | ({} if bias is None else {"dbias": bias})
         found = torch.autograd.grad(outputs, list(wanted.values()), gradients)
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(wanted, found, strict=True))}
+
+    def spec(self) -> AttentionSpec:
+        """What a backend is asked whether it can run."""
+        case, leaves = self.case, {"bias": self.bias, "sinks": self.sinks}
+        q, k, v = (x.detach().requires_grad_(case.page_size is None) for x in (self.q, self.k, self.v))
+        common = {**self.shaping, "mask": self.mask, "dropout_p": case.dropout_p, "dropout_seed": self.dropout_seed}
+        for name, x in leaves.items():
+            common[name] = None if x is None else x.detach().requires_grad_(case.page_size is None)
+        if case.ragged:
+            return ragged.arguments(self, q, k, v, softmax_scale=case.softmax_scale, **common).spec()
+        window = combine_window(case.causal, case.window)
+        rest = (window, case.offset, case.softmax_scale, case.dropout_p, self.dropout_seed, None)
+        shaped = shaping(sinks=common["sinks"], **self.shaping)
+        return prepare(q, k, v, common["mask"], common["bias"], *rest, shaped)[0].spec()
 
     def oracle(self) -> dict[str, Tensor]:
         """The definition in float64."""
@@ -177,6 +254,13 @@ class Inputs:
             name: torch.where(value.isfinite(), value + (single[name].double() - value) * ratio, value)
             for name, value in oracle.items()
         }
+
+
+def packed(name: str, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...] | None, **options: Any) -> Case:
+    """A case of packed sequences of these lengths; paged keys have ``used_k`` instead of ``lengths_k``."""
+    keys = max(options["used_k"] if lengths_k is None else lengths_k)
+    sizes = {"batch": len(lengths_q), "seqlen_q": max(lengths_q), "seqlen_k": keys}
+    return Case(name, lengths_q=lengths_q, lengths_k=lengths_k, **{**sizes, **options})
 
 
 CASES = [
@@ -243,6 +327,49 @@ CASES = [
     Case("grad_expanded", grad_layout="expanded", grad_lse=False),
     Case("grad_strided", grad_layout="strided", causal=True),
     Case("no_grad_lse", grad_lse=False, causal=True),
+    Case("softcap", softcap=1.5, magnitude=2.0),
+    Case("softcap_causal_bias", softcap=2.0, causal=True, bias=(1, 0, 0, 0), heads_q=4),
+    Case("softcap_negative_scale", softcap=0.7, softmax_scale=-0.3),
+    Case("alibi", alibi="heads"),
+    Case("alibi_batch_causal_gqa", alibi="batch", causal=True, heads_q=4),
+    Case("alibi_softcap_top_left", alibi="heads", softcap=3.0, offset=0, window=(20, None)),
+    Case("sinks", sinks=True),
+    Case("sinks_window_gqa", sinks=True, window=(5, 0), heads_q=4, seqlen_q=70, seqlen_k=70),
+    Case("sinks_blind_rows", sinks=True, mask=(0, 1, 0, 0), blind_rows=True),
+    Case("sinks_dropout_softcap", sinks=True, dropout_p=0.3, softcap=2.0),
+    Case("segments", segments="batch"),
+    Case("segments_shared_causal", segments="shared", causal=True, seqlen_q=70, seqlen_k=70),
+    Case("segments_window_sinks", segments="batch", window=(9, 9), sinks=True, seqlen_q=70, seqlen_k=70),
+    Case("segments_long", segments="batch", batch=1, heads_q=1, heads_k=1, seqlen_q=300, seqlen_k=330),
+    Case("prefix_causal", prefix=(11, 0), causal=True),
+    Case("prefix_window", prefix=(40, 3), window=(6, 2), seqlen_q=70, seqlen_k=70),
+    Case("prefix_segments_mask", prefix=(9, 20), causal=True, segments="batch", mask=(0, 1, 1, 0)),
+    Case("prefix_alibi_bias", prefix=(9, 47), causal=True, alibi="heads", bias=(1, 0, 0, 0)),
+    packed("packed", (33, 7, 20), (33, 7, 20)),
+    packed("packed_causal", (33, 1, 70), (40, 30, 70), causal=True),
+    packed("packed_causal_more_queries", (33, 20), (5, 20), causal=True),
+    packed("packed_empty_sequences", (0, 12, 5, 0), (7, 12, 0, 0), causal=True),
+    packed("packed_window_gqa", (50, 9), (50, 30), window=(7, 3), heads_q=4),
+    packed("packed_top_left", (20, 9), (30, 30), causal=True, offset=0),
+    packed("packed_used", (20, 9, 4), (30, 30, 11), used_k=(17, 30, 0), causal=True),
+    packed("packed_dropout_bias", (20, 9), (30, 21), dropout_p=0.3, bias=(1, 0, 0, 0)),
+    packed("packed_softcap_alibi_sinks", (20, 9), (30, 21), softcap=2.0, alibi="batch", sinks=True, causal=True),
+    packed("packed_prefix_segments", (20, 9), (30, 21), prefix=(12, 3), segments="batch", causal=True),
+    packed("packed_mask", (20, 9), (30, 21), mask=(0, 1, 0, 0), blind_rows=True),
+    Case("used", used_k=(47, 20)),
+    Case("used_causal_sinks", used_k=(40, 11), causal=True, sinks=True, seqlen_q=5),
+    Case("used_none", used_k=(0, 5), causal=True, seqlen_q=3),
+    Case("leftpad", leftpad=(0, 13)),
+    Case("leftpad_used_causal", leftpad=(3, 9), used_k=(47, 31), causal=True, seqlen_q=4, alibi="heads"),
+    Case("leftpad_window_dropout", leftpad=(5, 46), window=(20, 3), dropout_p=0.2),
+    Case("paged", page_size=16),
+    Case("paged_used_causal", page_size=7, used_k=(47, 12), causal=True, seqlen_q=3, heads_q=4),
+    Case("paged_one_query", page_size=1, used_k=(41, 6), seqlen_q=1, softcap=2.0, sinks=True),
+    Case("paged_leftpad_alibi", page_size=8, leftpad=(2, 20), used_k=(47, 30), alibi="batch", causal=True, seqlen_q=2),
+    Case("paged_window", page_size=16, used_k=(150, 90), seqlen_k=150, window=(40, 0), seqlen_q=5),
+    packed("paged_packed", (5, 1, 12), None, used_k=(20, 33, 12), page_size=8, causal=True, heads_q=4),
+    Case("splits", num_splits=3, used_k=(300, 170), seqlen_q=2, seqlen_k=300, causal=True, heads_q=4),
+    Case("splits_paged", num_splits=4, used_k=(200, 3), seqlen_q=1, seqlen_k=208, page_size=16),
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -35,12 +35,7 @@ def test_case(backend: str, case: Case, dtype: torch.dtype) -> None:
     if backend == "triton" and device == "cpu" and dtype is not SLOW_DTYPES[case.name]:
         pytest.skip("interpreted: another dtype runs this case")
     inputs = case.make(dtype, device)
-    with torch.no_grad():
-        tensors, call, _ = fastattn.functional._call(
-            inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, (None, None), 0, None, 0.0, None, None
-        )
-    spec = fastattn.ops.make_spec(*tensors[:5], call)
-    if reasons := reasons_against(get_backend(backend), spec):
+    if reasons := reasons_against(get_backend(backend), inputs.spec()):
         pytest.skip("; ".join(reasons))
     actual, naive, oracle = inputs.run(fastattn.attention, backend=backend), inputs.naive(), inputs.oracle()
     for name, value in actual.items():

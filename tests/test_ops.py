@@ -2,61 +2,83 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import fastattn
-from tests.cases import CASES, Case
+from fastattn.call import Arguments
+from fastattn.dispatch import get_backend
+from fastattn.ops import run_forward
+from tests import ragged
+from tests.cases import CASES, Case, Inputs
 
 BY_NAME = {case.name: case for case in CASES}
 FEATURES = ["plain", "causal_bottom_right", "mask_blind_rows", "bias_shared_heads", "dropout_bias", "layout_bshd"]
+SHAPED = ["sinks_dropout_softcap", "alibi_batch_causal_gqa", "prefix_segments_mask", "used_causal_sinks"]
+PACKED = ["packed_softcap_alibi_sinks", "packed_used", "packed_dropout_bias", "packed_prefix_segments"]
 
 
-@pytest.mark.parametrize("name", FEATURES)
+def operands(i: Inputs, backend: str) -> tuple[Arguments, list[Tensor]]:
+    """A case's operator arguments, and those that have a gradient."""
+    q, k, v = (x.detach().requires_grad_() for x in (i.q, i.k, i.v))
+    bias, sinks = (None if x is None else x.detach().requires_grad_() for x in (i.bias, i.sinks))
+    common = {"mask": i.mask, "bias": bias, "dropout_p": i.case.dropout_p, "dropout_seed": i.dropout_seed}
+    common |= {**i.shaping, "sinks": sinks, "softmax_scale": 0.2, "backend": backend}
+    return ragged.arguments(i, q, k, v, **common), [x for x in (q, k, v, bias, sinks) if x is not None]
+
+
+@pytest.mark.parametrize("name", [*FEATURES, *SHAPED, *PACKED, "paged_packed"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck(backend: str, name: str) -> None:
     i = BY_NAME[name].make(torch.float32)
-    right = 0 if i.case.causal else None
-    q, k, v = (x.detach().requires_grad_() for x in (i.q, i.k, i.v))
-    bias = None if i.bias is None else i.bias.requires_grad_()
-    call = (0.2, None, right, 3, i.case.dropout_p, True, bias is not None, backend)
-    forward = (q, k, v, i.mask, bias, i.dropout_seed, *call)
+    if reasons := get_backend(backend).unsupported_reasons(i.spec()):
+        pytest.skip("; ".join(reasons))
+    with torch.set_grad_enabled(i.case.page_size is None):
+        arguments, _ = operands(i, backend)
+    leaves = [x if x is None else x.detach() for x in arguments[:5]]
+    if i.case.page_size is None:
+        leaves = [x if x is None else x.requires_grad_() for x in leaves]
+    forward = (*leaves, arguments.others, *arguments.call)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, forward)
+    if i.case.page_size is not None:
+        return
     with torch.no_grad():
         out, lse = torch.ops.fastattn.attention_forward(*forward)
-    tensors = [None if x is None else x.detach() for x in (q, k, v, i.mask, bias, i.dropout_seed, out, lse)]
-    backward = (i.grad_out, i.grad_lse, *tensors, *call)
+    tensors = [x if x is None else x.detach() for x in leaves]
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    backward = (*grads, *tensors, arguments.others, out, lse, *arguments.call)
     torch.library.opcheck(torch.ops.fastattn.attention_backward.default, backward)
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [*FEATURES, *SHAPED, *PACKED])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradcheck(backend: str, name: str) -> None:
-    from dataclasses import replace
-
-    i = replace(BY_NAME[name], seqlen_q=5, seqlen_k=7, head_dim_qk=3, head_dim_v=2, heads_q=2, heads_k=1).make(
-        torch.float64
-    )
-    tensors = [x.detach().requires_grad_() for x in (i.q, i.k, i.v, i.bias) if x is not None]
-
-    def call(q, k, v, bias=None):
-        out, lse = fastattn.attention(
-            q,
-            k,
-            v,
-            bias=bias,
-            mask=i.mask,
-            causal=i.case.causal,
-            dropout_p=i.case.dropout_p,
-            dropout_seed=i.dropout_seed,
-            return_lse=True,
-            backend=backend,
+    case = replace(BY_NAME[name], head_dim_qk=3, head_dim_v=2, heads_q=2, heads_k=1)
+    if case.lengths_q is None:
+        case = replace(case, seqlen_q=5, seqlen_k=7, used_k=None if case.used_k is None else (6, 2))
+    else:
+        lengths_k = (6, 0, 3)[: case.batch]
+        used = None if case.used_k is None else (4, 0, 3)
+        case = replace(
+            case, lengths_q=(5, 2, 1)[: case.batch], lengths_k=lengths_k, seqlen_q=5, seqlen_k=6, used_k=used
         )
+    i = case.make(torch.float64)
+    if reasons := get_backend(backend).unsupported_reasons(i.spec()):
+        pytest.skip("; ".join(reasons))
+    arguments, _ = operands(i, backend)
+    leaves = [x if x is None else x.detach().requires_grad_() for x in arguments[:5]]
+
+    def call(*given):
+        it = iter(given)
+        out, lse = run_forward(*(x if x is None else next(it) for x in leaves), arguments.others, *arguments.call)
         return out, torch.where(lse == -torch.inf, 0, lse)
 
-    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradcheck(call, [x for x in leaves if x is not None])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
+from fastattn.backends.base import Tensors
 from fastattn.backends.triton import TritonBackend
 from fastattn.spec import AttentionSpec
 
@@ -162,8 +163,9 @@ def build(
 
 def run(spec, tensors, mask, bias, grad_out, grad_lse, seed=0x1234_5678_9ABC):
     seed_tensor = torch.tensor([seed], device=DEVICE) if spec.dropout_p else None
-    out, lse = BACKEND.forward(spec, *tensors, mask, bias, seed_tensor)
-    return out, lse, *BACKEND.backward(spec, grad_out, grad_lse, *tensors, mask, bias, seed_tensor, out, lse)
+    t = Tensors(*tensors, bias=bias, mask=mask, dropout_seed=seed_tensor)
+    out, lse = BACKEND.forward(spec, t)
+    return out, lse, *BACKEND.backward(spec, t, grad_out, grad_lse, out, lse)
 
 
 def expected(spec, tensors, mask, bias, grad_out, grad_lse, dtype, seed=0x1234_5678_9ABC):
@@ -240,7 +242,7 @@ def test_nonfinite_reaches_only_what_sees_it(case: str, poison: float, where: st
 def test_bias_of_finfo_min_gives_mean_of_values() -> None:
     spec, tensors, _, bias = build(torch.float32, bias=(1, 1, 37, 41))
     bias.fill_(torch.finfo(torch.float32).min)
-    out, lse = BACKEND.forward(spec, *tensors, None, bias, None)
+    out, lse = BACKEND.forward(spec, Tensors(*tensors, bias=bias))
     torch.testing.assert_close(out, tensors[2].mean(2, keepdim=True).expand_as(out), rtol=1e-5, atol=1e-6)
     assert lse.isfinite().all()
 
@@ -249,7 +251,7 @@ def test_bias_of_finfo_min_gives_mean_of_values() -> None:
 def test_nonfinite_bias_gives_nan_in_its_rows_only(value: float) -> None:
     spec, tensors, _, bias = build(torch.float32, bias=(1, 1, 37, 41))
     bias[0, 0, 5, 30] = value
-    out, _ = BACKEND.forward(spec, *tensors, None, bias, None)
+    out, _ = BACKEND.forward(spec, Tensors(*tensors, bias=bias))
     assert out[:, :, 5].isnan().all()
     assert out[:, :, torch.arange(37) != 5].isfinite().all()
 

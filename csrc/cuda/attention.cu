@@ -59,22 +59,26 @@ bool in_chunks(const Tensor4& x, int64_t head_dim) {
 }
 
 bool few_queries(const AttentionParams& p) { return p.seqlen_q <= kFewQueries; }
+// Whether single entries of the score matrix are to be looked at, beyond the window.
 bool by_entry(const AttentionParams& p) {
-    return p.mask.data || p.bias.data || p.dropout_threshold != 0 || !(p.softmax_scale > 0);
+    return p.mask.data || p.bias.data || p.dropout_threshold != 0 || p.softcap != 0 || p.alibi_slopes.data ||
+           p.q_segments.data || p.prefix_lens.data || p.leftpad_k.data;
 }
 bool forward_is_general(const AttentionParams& p) {
-    return few_queries(p) || by_entry(p) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
+    return few_queries(p) || by_entry(p) || p.sinks.data || !(p.softmax_scale > 0) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
            !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.out, p.head_dim_v);
 }
 bool backward_is_general(const AttentionParams& p) {
-    return p.mask.data || p.bias.data || p.dropout_threshold != 0 || !in_chunks(p.q, p.head_dim_qk) ||
-           !in_chunks(p.k, p.head_dim_qk) || !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.grad_out, p.head_dim_v);
+    return by_entry(p) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
+           !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.grad_out, p.head_dim_v);
 }
 
-// The parts into which the keys are divided when there are few queries: the fewest that come within 85% of the best
+// The parts into which the keys are divided: as many as asked for; else, when there are few queries, the fewest that come within 85% of the best
 // use of the device, a part being at least four tiles of keys.
 int64_t num_splits(const AttentionParams& p) {
-    if (!use_tensor_cores(p) || !few_queries(p)) return 1;
+    if (!use_tensor_cores(p)) return 1;
+    if (p.num_splits > 0) return std::min(p.num_splits, kMaxSplits);
+    if (!few_queries(p)) return 1;
     const sm80::ForwardTile tile = sm80::general_forward_tile(static_cast<int>(head_dim(p)));
     const int64_t blocks = p.batch * p.heads_k * tiles(p.heads_q / p.heads_k * p.seqlen_q, tile.queries);
     const int64_t slots = 2 * multiprocessors(p.device);  // two blocks a multiprocessor hide each other's waits
@@ -97,7 +101,7 @@ void forward_on_tensor_cores(AttentionParams p, void* stream) {
           " bytes of workspace");
     with_element(p.dtype, [&](auto element) {
         using T = decltype(element);
-        if (forward_is_general(p)) {
+        if (p.num_splits > 1 || forward_is_general(p)) {
             with_bucket<64, 128, 256>(head_dim(p), [&](auto bucket) { sm80::forward_general<T, bucket>(p, stream); });
         } else {
             with_bucket<32, 64, 96, 128, 192, 256>(head_dim(p),

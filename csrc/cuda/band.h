@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/ptx/execution.h"
+#include "cuda/ptx/global.h"
 #include "params.h"
 
 namespace fastattn::cuda {
@@ -25,16 +26,20 @@ struct TileRange {
     FASTATTN_DEVICE int full(int n) const { return n + full_last - count(); }
 };
 
+// Of one sequence: offset_b - left and offset_b + right, the sequence's number of queries and keys.
 struct Band {
     int lo, hi;              // within [-seqlen_q, seqlen_k]: beyond, they make no difference
     int seqlen_q, seqlen_k;  // below 2^30
+    int64_t offset;
 
-    static FASTATTN_DEVICE Band of(const AttentionParams& p) {
+    static FASTATTN_DEVICE Band of(const AttentionParams& p, int64_t b) {
+        const int64_t seqlen_k = p.seqused_k.data ? load_global(&p.seqused_k.data[b * p.seqused_k.stride[0]]) : p.seqlen_k;
+        const int64_t offset = p.relative_offset ? p.offset + seqlen_k - p.seqlen_q : p.offset;
         const auto clamp = [&](int64_t x) {
-            return static_cast<int>(x < -p.seqlen_q ? -p.seqlen_q : x > p.seqlen_k ? p.seqlen_k : x);
+            return static_cast<int>(x < -p.seqlen_q ? -p.seqlen_q : x > seqlen_k ? seqlen_k : x);
         };
-        return {clamp(p.offset - p.left), clamp(p.offset + p.right), static_cast<int>(p.seqlen_q),
-                static_cast<int>(p.seqlen_k)};
+        return {clamp(offset - p.left), clamp(offset + p.right), static_cast<int>(p.seqlen_q),
+                static_cast<int>(seqlen_k), offset};
     }
 
     // Query i sees the keys [keys_begin(i), keys_end(i)), none where that is empty.
@@ -48,10 +53,17 @@ struct Band {
     FASTATTN_DEVICE TileRange key_tiles(int i0, int i1, int size) const {
         return tiles(keys_begin(i0), keys_end(i1), keys_begin(i1), keys_end(i0), size);
     }
-    // Tiles of `size` queries for the keys j0 .. j1 (inclusive), of which j0 exists; none is full if j1 does not.
+    // Tiles of `size` queries for the keys j0 .. j1 (inclusive), none of them full if j1 does not exist.
     FASTATTN_DEVICE TileRange query_tiles(int j0, int j1, int size) const {
+        if (j0 >= seqlen_k) return {};
         const int last = min32(j1, seqlen_k - 1);
         return tiles(queries_begin(j0), queries_end(last), queries_begin(last), j1 > last ? 0 : queries_end(j0), size);
+    }
+
+    // All tiles of `size` of so many keys or queries, none of them taken to be full.
+    static FASTATTN_DEVICE TileRange all_tiles(int count, int size) {
+        const int tiles = (count + size - 1) / size;
+        return {0, tiles, tiles, tiles};
     }
 
 private:

@@ -1,8 +1,9 @@
-"""What a backend is, and what all of them share: how outputs are laid out."""
+"""What a backend is, what it is handed, and what all of them share: how outputs are laid out."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Container
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +13,33 @@ from fastattn.spec import AttentionSpec
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
+class Tensors(NamedTuple):
+    """All tensors of one call, in any strides; None where the spec says that there is none."""
+
+    q: Tensor  #: (batch, heads_q, seqlen_q, head_dim_qk); packed (1, heads_q, total_q, head_dim_qk)
+    k: Tensor  #: (batch, heads_k, seqlen_k, head_dim_qk); packed with total_k; (num_pages, heads_k, page_size, ...)
+    v: Tensor  #: like k, with head_dim_v
+    bias: Tensor | None = None  #: broadcasts to (batch, heads_q, seqlen_q, seqlen_k), 4-D, size 1 where broadcast
+    sinks: Tensor | None = None  #: (heads_q,), of lse's type
+    mask: Tensor | None = None  #: bool, like bias; True = visible
+    dropout_seed: Tensor | None = None  #: int64, one element, on the device
+    alibi_slopes: Tensor | None = None  #: float32 (heads_q,) or (batch, heads_q)
+    q_segments: Tensor | None = None  #: int32 (batch or 1, seqlen_q)
+    k_segments: Tensor | None = None  #: int32 (batch or 1, seqlen_k)
+    prefix_lens: Tensor | None = None  #: int32 (batch,)
+    cu_seqlens_q: Tensor | None = None  #: int32 (batch + 1,), from 0 to total_q
+    cu_seqlens_k: Tensor | None = None  #: int32 (batch + 1,), from 0 to total_k; None when paged
+    seqused_k: Tensor | None = None  #: int32 (batch,)
+    leftpad_k: Tensor | None = None  #: int32 (batch,)
+    block_table: Tensor | None = None  #: int32 (batch, pages)
+
+
 class Backend(Protocol):
     """A set of kernels that obeys the contract of ``docs/architecture.md``.
 
-    The tensors handed to ``forward`` and ``backward`` have been validated and have the shapes of the spec, in any
-    strides; ``mask`` (bool) and ``bias`` are 4-D with size 1 where they are broadcast; ``dropout_seed`` is an int64
-    tensor of one element on the device, present exactly when ``spec.dropout_p > 0``. The spec is never empty.
+    The tensors handed to ``forward`` and ``backward`` have been validated, but for what only their values on the
+    device tell (``fastattn.debug_checks``), and have the shapes of the spec. The spec is never empty; one with
+    ``needs_grad`` is never paged.
     """
 
     name: str
@@ -31,33 +53,21 @@ class Backend(Protocol):
     def configuration(self, spec: AttentionSpec) -> str:
         """The kernel and tile sizes that would run, for ``explain``."""
 
-    def forward(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """``out (batch, heads_q, seqlen_q, head_dim_v)`` in the input type and ``lse (batch, heads_q, seqlen_q)``."""
+    def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
+        """``out``, of q's type and shape but with ``head_dim_v``, and ``lse``, of q's shape without ``head_dim``."""
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
-        """``dq, dk, dv`` and, when ``spec.needs_bias_grad``, ``dbias`` in the bias's own shape and type."""
+        """``dq, dk, dv`` and, when ``spec.needs_bias_grad``, ``dbias`` in the bias's own shape and type.
+
+        Sinks need nothing here: they are in ``lse``, and their gradient is taken from it (``ops.sinks_gradient``).
+        """
+
+
+def not_yet(spec: AttentionSpec, implemented: Container[str] = ()) -> list[str]:
+    """The reasons of a backend that has these of ``AttentionSpec.features()`` and no others."""
+    return [f"{feature}: not yet" for feature in spec.features() if feature not in implemented]
 
 
 def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, empty_like_layout, empty_lse
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse, not_yet
 from fastattn.backends.native import DTYPE_CODES, backward_arguments, forward_arguments
 from fastattn.spec import AttentionSpec
 
@@ -31,7 +31,7 @@ class CpuBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = []
+        reasons = not_yet(spec)
         if torch.device(spec.device).type != "cpu":
             reasons.append(f"device {spec.device}: this backend runs on the CPU")
         if spec.dtype not in DTYPE_CODES:
@@ -44,40 +44,20 @@ class CpuBackend:
     def configuration(self, spec: AttentionSpec) -> str:
         return f"tiled C++ kernel, {_C.cpu_instruction_set()}, up to {torch.get_num_threads()} threads"
 
-    def forward(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        out = empty_like_layout(q, spec.head_dim_v)
-        lse = empty_lse(q)
-        arguments = forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse)
+    def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
+        out = empty_like_layout(t.q, spec.head_dim_v)
+        lse = empty_lse(t.q)
+        arguments = forward_arguments(spec, t, out, lse)
         _C.cpu_forward(*arguments, torch.get_num_threads())
         return out, lse
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
-        dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
-        dbias = torch.empty(bias.shape, dtype=bias.dtype) if spec.needs_bias_grad and bias is not None else None
+        dq, dk, dv = empty_like_layout(t.q), empty_like_layout(t.k), empty_like_layout(t.v)
+        dbias = torch.empty(t.bias.shape, dtype=t.bias.dtype) if spec.needs_bias_grad and t.bias is not None else None
         _C.cpu_backward(
-            *forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse),
+            *forward_arguments(spec, t, out, lse),
             *backward_arguments(grad_out, grad_lse, dq, dk, dv, dbias),
             torch.get_num_threads(),
         )

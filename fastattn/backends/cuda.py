@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, empty_like_layout
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse, not_yet
 from fastattn.backends.native import backward_arguments, forward_arguments, pack_call
 from fastattn.spec import AttentionSpec
 
@@ -21,6 +21,10 @@ else:
     _IMPORT_ERROR = None
 
 MAX_HEAD_DIM = 256
+#: Of ``AttentionSpec.features()``, what the 16-bit kernels have; those for float32 have none.
+FEATURES = frozenset(
+    ("softcap", "alibi_slopes", "sinks", "segments", "prefix_lens", "seqused_k", "leftpad_k", "num_splits")
+)
 MAX_SEQLEN = 2**30 - 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -64,7 +68,9 @@ class CudaBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = []
+        reasons = not_yet(spec, FEATURES if spec.dtype in DTYPES[:2] else ())
+        if spec.needs_bias_grad and spec.features():
+            reasons.append(f"gradient of the bias with {', '.join(spec.features())}: not yet")
         if torch.device(spec.device).type != "cuda":
             reasons.append(f"device {spec.device}: this backend runs on CUDA devices")
         elif self.unavailable_reason() is None and _capability(spec.device) < _lowest_capability():
@@ -97,49 +103,29 @@ class CudaBackend:
     def _workspace(self, size: int, x: Tensor) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=x.device)
 
-    def forward(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        out = empty_like_layout(q, spec.head_dim_v)
-        lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
-        arguments = forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse)
-        workspace = self._workspace(_forward_workspace_bytes(spec, q.get_device()), q)
-        _C.cuda_forward(*arguments, workspace.data_ptr(), q.get_device(), self._stream(q))
+    def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
+        out = empty_like_layout(t.q, spec.head_dim_v)
+        lse = empty_lse(t.q)
+        device = t.q.get_device()
+        workspace = self._workspace(_forward_workspace_bytes(spec, device), t.q)
+        _C.cuda_forward(*forward_arguments(spec, t, out, lse), workspace.data_ptr(), device, self._stream(t.q))
         return out, lse
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
-        dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
+        dq, dk, dv = empty_like_layout(t.q), empty_like_layout(t.k), empty_like_layout(t.v)
         dbias = None
-        if spec.needs_bias_grad and bias is not None:
-            dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
+        if spec.needs_bias_grad and t.bias is not None:
+            dbias = torch.empty(t.bias.shape, dtype=t.bias.dtype, device=t.q.device)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        workspace = self._workspace(_C.cuda_backward_workspace_bytes(pack_call(spec), deterministic), q)
+        workspace = self._workspace(_C.cuda_backward_workspace_bytes(pack_call(spec), deterministic), t.q)
         _C.cuda_backward(
-            *forward_arguments(spec, q, k, v, mask, bias, dropout_seed, out, lse),
+            *forward_arguments(spec, t, out, lse),
             *backward_arguments(grad_out, grad_lse, dq, dk, dv, dbias),
             workspace.data_ptr(),
             deterministic,
-            q.get_device(),
-            self._stream(q),
+            t.q.get_device(),
+            self._stream(t.q),
         )
         return dq, dk, dv, dbias

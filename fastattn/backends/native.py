@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.base import Tensors
 from fastattn.spec import UNBOUNDED, AttentionSpec
 
 #: The order of ``fastattn::DType`` in ``csrc/params.h``.
@@ -39,6 +40,12 @@ def pack_call(spec: AttentionSpec) -> tuple[float, ...]:
         math.floor(p * 2**32),
         0.0 if p == 1.0 else 1.0 / (1.0 - p),
         *(spec.bias or (1, 1, 1, 1)),
+        float(spec.softcap),
+        int(spec.relative_offset),
+        spec.total_q if spec.packed else -1,
+        spec.total_k if spec.packed and spec.page_size is None else -1,
+        spec.page_size or 0,
+        spec.num_splits,
     )
 
 
@@ -60,26 +67,48 @@ def pack_broadcast(x: Tensor | None) -> Packed:
     return (x.data_ptr(), *strides)
 
 
-def forward_arguments(
-    spec: AttentionSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Any, ...]:
+def pack_table(x: Tensor | None) -> tuple[int, int, int]:
+    """Pointer and strides of a one- or two-dimensional tensor; stride 0 where it has size 1, or no second dimension."""
+    if x is None:
+        return (0, 0, 0)
+    first, second = (*x.stride(), 0)[:2]
+    return (x.data_ptr(), 0 if x.shape[0] == 1 else first, second)
+
+
+def pack_tables(t: Tensors) -> tuple[int, ...]:
+    """The small tensors of the features beyond mask and bias, in the order of ``csrc/params.h``.
+
+    Slopes of shape ``(heads_q,)`` are those of every batch entry.
+    """
+    slopes = t.alibi_slopes
+    if slopes is not None and slopes.dim() == 1:
+        slopes = slopes.unsqueeze(0)
+    return (
+        *pack_table(slopes),
+        *pack_table(t.sinks),
+        *pack_table(t.q_segments),
+        *pack_table(t.k_segments),
+        *pack_table(t.prefix_lens),
+        *pack_table(t.cu_seqlens_q),
+        *pack_table(t.cu_seqlens_k),
+        *pack_table(t.seqused_k),
+        *pack_table(t.leftpad_k),
+        *pack_table(t.block_table),
+    )
+
+
+def forward_arguments(spec: AttentionSpec, t: Tensors, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
     """The leading arguments of ``_C.*_forward`` and ``_C.*_backward``."""
+    q, k, v, seed = t.q, t.k, t.v, t.dropout_seed
     return (
         pack_call(spec),
-        0 if dropout_seed is None else dropout_seed.data_ptr(),
+        0 if seed is None else seed.data_ptr(),
         (q.data_ptr(), *q.stride()),
         (k.data_ptr(), *k.stride()),
         (v.data_ptr(), *v.stride()),
-        None if mask is None else pack_broadcast(mask),
-        None if bias is None else pack_broadcast(bias),
+        None if t.mask is None else pack_broadcast(t.mask),
+        None if t.bias is None else pack_broadcast(t.bias),
+        pack_tables(t) if spec.has_tables else None,
         (out.data_ptr(), *out.stride()),
         (lse.data_ptr(), *lse.stride(), 0),
     )

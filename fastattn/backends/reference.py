@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends.base import Gradients, empty_like_layout
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse
 from fastattn.spec import AttentionSpec
 
 
 class ReferenceBackend:
-    """Runs everything, everywhere, in float32 (float64 for float64 inputs), with O(seq_q · seq_k) memory."""
+    """Runs everything, everywhere, in float32 (float64 for float64 inputs), with O(seq_q · seq_k) memory.
+
+    Packed and paged tensors are first laid out as ``(batch, heads, seq, head_dim)``. The number of splits changes
+    nothing here: there is one sum.
+    """
 
     name = "reference"
 
@@ -26,80 +31,147 @@ class ReferenceBackend:
     def configuration(self, spec: AttentionSpec) -> str:
         return "torch matrix products, whole score matrix in memory"
 
-    def forward(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
+        p = _pad(spec, t)
         wide = spec.compute_dtype
         result, lse = reference.attention(
-            q.to(wide),
-            k.to(wide),
-            v.to(wide),
-            mask=mask,
-            bias=bias,
+            p.q.to(wide),
+            p.k.to(wide),
+            p.v.to(wide),
+            mask=t.mask,
+            bias=t.bias,
             window=spec.window,
-            offset=spec.offset,
+            offset=p.offset,  # type: ignore[arg-type]
             softmax_scale=spec.softmax_scale,
             dropout_p=spec.dropout_p,
-            dropout_seed=dropout_seed,
+            dropout_seed=t.dropout_seed,
             return_lse=True,
+            softcap=spec.softcap,
+            alibi_slopes=t.alibi_slopes,
+            sinks=t.sinks,
+            **p.lengths,
         )
-        return empty_like_layout(q, spec.head_dim_v).copy_(result), lse
+        out = empty_like_layout(t.q, spec.head_dim_v).copy_(_pack(result, p.rows_q))
+        return out, empty_lse(t.q).copy_(_pack(lse.unsqueeze(-1), p.rows_q).squeeze(-1))
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
-        """With P the weights, D the dropout factors, ``∘`` elementwise:
+        """With P the weights, D the dropout factors, C the derivative of the softcap, ``∘`` elementwise:
 
-        delta = rowsum(dO ∘ O) - dlse,   dV = (P ∘ D)ᵀ dO,   dP = D ∘ (dO Vᵀ),   dS = P ∘ (dP - delta),
-        dQ = scale · dS K,   dK = scale · dSᵀ Q,   dbias = dS.
+        delta = rowsum(dO ∘ O) - dlse,   dV = (P ∘ D)ᵀ dO,   dP = D ∘ (dO Vᵀ),   dS = P ∘ (dP - delta),   dbias = dS,
+        dQ = scale · (C ∘ dS) K,   dK = scale · (C ∘ dS)ᵀ Q,   C = 1 - (capped scores / softcap)².
         """
-        wide, heads = spec.compute_dtype, spec.heads_q
-        do, q_, k_, v_ = grad_out.to(wide), q.to(wide), k.to(wide), v.to(wide)
-        k_, v_ = reference.repeat_heads(k_, heads), reference.repeat_heads(v_, heads)
+        p, wide, heads = _pad(spec, t), spec.compute_dtype, spec.heads_q
+        do, o = (_unpack(x.to(wide), p.rows_q) for x in (grad_out, out))
+        lse = _unpack(lse.unsqueeze(-1), p.rows_q).squeeze(-1)
+        q, k, v = (reference.repeat_heads(x.to(wide), heads) for x in (p.q, p.k, p.v))
         visible = reference.visible_keys(
-            spec.seqlen_q, spec.seqlen_k, spec.window, spec.offset, mask, bias, q.device
+            spec.seqlen_q, spec.seqlen_k, spec.window, p.offset, t.mask, t.bias, q.device, **p.lengths
         ).expand(spec.batch, heads, -1, -1)
         seen_by_key = visible.transpose(-1, -2)
 
-        p = reference.weights_from_lse(reference.scores(q_, k_, visible, bias, spec.softmax_scale), lse)
+        s = reference.scores(q, k, visible, t.bias, spec.softmax_scale, spec.softcap, t.alibi_slopes, p.offset)
+        weights = reference.weights_from_lse(s, lse)
         factor: Tensor | float = 1.0
         if spec.dropout_p:
-            assert dropout_seed is not None
+            assert t.dropout_seed is not None
             keep = reference.dropout_keep(
-                spec.batch, heads, spec.seqlen_q, spec.seqlen_k, spec.dropout_p, dropout_seed
+                spec.batch, heads, spec.seqlen_q, spec.seqlen_k, spec.dropout_p, t.dropout_seed
             ).to(wide)
             factor = keep / (1 - spec.dropout_p) if spec.dropout_p < 1 else 0 * keep
-        delta = (do * out.to(wide)).sum(-1, keepdim=True)
+        delta = (do * o).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta = delta - grad_lse.unsqueeze(-1)
-        dp = torch.where(visible, (do @ v_.transpose(-1, -2)) * factor, 0)
-        ds = torch.where(visible & (lse != -math.inf).unsqueeze(-1), p * (dp - delta), 0)
+            delta = delta - _unpack(grad_lse.unsqueeze(-1), p.rows_q)
+        dp = torch.where(visible, (do @ v.transpose(-1, -2)) * factor, 0)
+        ds = torch.where(visible & (lse != -math.inf).unsqueeze(-1), weights * (dp - delta), 0)
+        dqk = ds
+        if spec.softcap:
+            capped = torch.tanh(q @ k.transpose(-1, -2) * (spec.softmax_scale / spec.softcap))
+            dqk = torch.where(visible, ds * (1 - capped.square()), 0)
 
-        dq = reference.masked_matmul(ds, k_, visible) * spec.softmax_scale
-        dk = reference.masked_matmul(ds.transpose(-1, -2), q_, seen_by_key) * spec.softmax_scale
-        dv = reference.masked_matmul((p * factor).transpose(-1, -2), do, seen_by_key)
+        dq = reference.masked_matmul(dqk, k, visible) * spec.softmax_scale
+        dk = reference.masked_matmul(dqk.transpose(-1, -2), q, seen_by_key) * spec.softmax_scale
+        dv = reference.masked_matmul((weights * factor).transpose(-1, -2), do, seen_by_key)
         groups = (spec.batch, spec.heads_k, spec.group_size, spec.seqlen_k, -1)
+        dk, dv = (_pack(x.reshape(groups).sum(2), p.rows_k) for x in (dk, dv))
         return (
-            empty_like_layout(q).copy_(dq),
-            empty_like_layout(k).copy_(dk.reshape(groups).sum(2)),
-            empty_like_layout(v).copy_(dv.reshape(groups).sum(2)),
-            ds.sum_to_size(bias.shape).to(bias.dtype) if spec.needs_bias_grad and bias is not None else None,
+            empty_like_layout(t.q).copy_(_pack(dq, p.rows_q)),
+            empty_like_layout(t.k).copy_(dk),
+            empty_like_layout(t.v).copy_(dv),
+            ds.sum_to_size(t.bias.shape).to(t.bias.dtype) if spec.needs_bias_grad and t.bias is not None else None,
         )
+
+
+class _Rows(NamedTuple):
+    """Where the rows of packed sequences stand in padded ones: row ``n`` is ``at[n]`` of sequence ``of[n]``."""
+
+    of: Tensor
+    at: Tensor
+    batch: int
+    seqlen: int
+
+
+class _Padded(NamedTuple):
+    """A call whose tensors are ``(batch, heads, seq, head_dim)``, and what makes its sequences differ."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    offset: int | Tensor
+    lengths: dict[str, Any]
+    rows_q: _Rows | None
+    rows_k: _Rows | None
+
+
+def _rows(cu_seqlens: Tensor, seqlen: int) -> _Rows:
+    cu = cu_seqlens.long()
+    batch = cu.shape[0] - 1
+    of = torch.arange(batch, device=cu.device).repeat_interleave(cu.diff())
+    return _Rows(of, torch.arange(of.shape[0], device=cu.device) - cu[of], batch, seqlen)
+
+
+def _unpack(x: Tensor, rows: _Rows | None) -> Tensor:
+    """``(1, heads, total, dim)`` to ``(batch, heads, seqlen, dim)``, zeros behind the end of each sequence."""
+    if rows is None:
+        return x
+    padded = x.new_zeros(rows.batch, rows.seqlen, x.shape[1], x.shape[3])
+    padded[rows.of, rows.at] = x[0].transpose(0, 1)
+    return padded.transpose(1, 2)
+
+
+def _pack(x: Tensor, rows: _Rows | None) -> Tensor:
+    """``(batch, heads, seqlen, dim)`` to ``(1, heads, total, dim)``."""
+    return x if rows is None else x.transpose(1, 2)[rows.of, rows.at].transpose(0, 1).unsqueeze(0)
+
+
+def _pages(x: Tensor, block_table: Tensor, seqlen: int) -> Tensor:
+    """``(num_pages, heads, page_size, dim)`` to ``(batch, heads, seqlen, dim)``."""
+    return x[block_table.long()].transpose(1, 2).flatten(2, 3)[:, :, :seqlen]
+
+
+def _pad(spec: AttentionSpec, t: Tensors) -> _Padded:
+    q, k, v = t.q, t.k, t.v
+    rows_q = rows_k = seqlens_q = seqlens_k = None
+    if t.cu_seqlens_q is not None:
+        rows_q, seqlens_q = _rows(t.cu_seqlens_q, spec.seqlen_q), t.cu_seqlens_q.diff()
+        q = _unpack(q, rows_q)
+    if t.block_table is not None:
+        k, v = (_pages(x, t.block_table, spec.seqlen_k) for x in (k, v))
+    elif t.cu_seqlens_k is not None:
+        rows_k, seqlens_k = _rows(t.cu_seqlens_k, spec.seqlen_k), t.cu_seqlens_k.diff()
+        k, v = _unpack(k, rows_k), _unpack(v, rows_k)
+    if t.seqused_k is not None:
+        seqlens_k = t.seqused_k
+    offset: int | Tensor = spec.offset
+    if spec.relative_offset:
+        offset = offset + reference.diagonals(spec.seqlen_q, spec.seqlen_k, seqlens_q, seqlens_k)
+    lengths = {
+        "q_segments": t.q_segments,
+        "k_segments": t.k_segments,
+        "prefix_lens": t.prefix_lens,
+        "seqlens_q": seqlens_q,
+        "seqlens_k": seqlens_k,
+        "leftpad_k": t.leftpad_k,
+    }
+    return _Padded(q, k, v, offset, lengths, rows_q, rows_k)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn.backends import cuda
+from fastattn.backends.base import Gradients, Tensors
 from fastattn.spec import AttentionSpec
 from tests.cuda_emulation.build import ROOT, load
 
@@ -119,38 +120,15 @@ class EmulatedBackend(cuda.CudaBackend):
     def _stream(self, x: Tensor) -> int:
         return 0
 
-    def forward(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        with self.emulator.memory(q=q, k=k, v=v, mask=mask, bias=bias, dropout_seed=dropout_seed):
-            return super().forward(spec, q, k, v, mask, bias, dropout_seed)
+    def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
+        with self.emulator.memory(**t._asdict()):
+            return super().forward(spec, t)
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-    ) -> cuda.Gradients:
-        with self.emulator.memory(
-            grad_out=grad_out, grad_lse=grad_lse, q=q, k=k, v=v, mask=mask, bias=bias, dropout_seed=dropout_seed,
-            out=out, lse=lse,
-        ):  # fmt: skip
-            return super().backward(spec, grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse)
+        self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        with self.emulator.memory(**t._asdict(), grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse):
+            return super().backward(spec, t, grad_out, grad_lse, out, lse)
 
 
 @functools.cache

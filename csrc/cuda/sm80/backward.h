@@ -27,37 +27,42 @@ FASTATTN_DEVICE float* delta_rows(const AttentionParams& p) { return static_cast
 FASTATTN_DEVICE float* lse_rows(const AttentionParams& p) { return delta_rows(p) + all_rows(p); }
 FASTATTN_DEVICE float* dq_sums(const AttentionParams& p) { return lse_rows(p) + all_rows(p); }
 
-// s becomes D * P and dp becomes dS; both kInvisible where `visible` is false.
+// s becomes D * P, and dp dS, times the derivative of the softcap; both kInvisible where the entry is invisible.
 template <bool kGeneral>
 struct EntryGradient {
     const AttentionParams& p;
+    const Band& band;
     float scale, unit;  // softmax_scale, times log2(e)
 
-    FASTATTN_DEVICE explicit EntryGradient(const AttentionParams& p)
-        : p(p), scale(static_cast<float>(p.softmax_scale)), unit(scale * kLog2E) {}
+    FASTATTN_DEVICE EntryGradient(const AttentionParams& p, const Band& band)
+        : p(p), band(band), scale(static_cast<float>(p.softmax_scale)), unit(scale * kLog2E) {}
 
-    FASTATTN_DEVICE void operator()(float& s, float& dp, bool visible, float lse, float delta, int64_t b, int64_t h,
+    FASTATTN_DEVICE void operator()(float& s, float& dp, bool in_window, float lse, float delta, int64_t b, int64_t h,
                                     int i, int j) const {
-        float weight, factor = 1.f;
+        bool visible = in_window;
+        float weight, kept = 1.f, slope = 1.f;
         if (kGeneral) {
             float score = s * scale;
-            if (visible && (p.mask.data || p.bias.data)) {
-                score = EntryRow::of(p, b, h, i).score(p, score, j);
-                visible = score != -INFINITY;
+            if (by_entry(p)) {
+                const EntryRow entries = {b, h, i};
+                visible = i < band.seqlen_q && entries.sees(p, band, in_window, j);
+                if (visible && p.softcap != 0.) slope = EntryRow::cap_slope(p, score);
+                if (visible) score = entries.score(p, band, score, j);
+                visible = visible && score != -INFINITY;
             }
             weight = exp2_approx((score - lse) * kLog2E);
             if (p.dropout_threshold && visible) {
                 const Philox4 random = dropout_words(p, b, h, i, j);
                 const uint32_t low = j & 1 ? random.word[1] : random.word[0];
                 const uint32_t high = j & 1 ? random.word[3] : random.word[2];
-                factor = (j & 2 ? high : low) < p.dropout_threshold ? 0.f : static_cast<float>(p.dropout_scale);
-                if (factor == 0.f) dp = 0.f;
+                kept = (j & 2 ? high : low) < p.dropout_threshold ? 0.f : static_cast<float>(p.dropout_scale);
+                if (kept == 0.f) dp = 0.f;
             }
         } else {
             weight = exp2_approx(fmaf(s, unit, -lse * kLog2E));
         }
-        s = visible ? weight * factor : kInvisible;
-        dp = visible ? fmaf(weight, fmaf(dp, factor, -delta), 0.f) : kInvisible;  // + 0: -0 becomes 0
+        s = visible ? weight * kept : kInvisible;
+        dp = visible ? fmaf(weight * slope, fmaf(dp, kept, -delta), 0.f) : kInvisible;  // + 0: -0 becomes 0
     }
 };
 

@@ -74,8 +74,11 @@ struct KeyTileLoop {
           b(b),
           hk(hk),
           j0(j0),
-          steps{band.query_tiles(j0, j0 + kTile.keys - 1, kTile.queries), static_cast<int>(p.heads_q / p.heads_k)},
-          gradient(p) {}
+          steps{kGeneral && p.prefix_lens.data && j0 < band.seqlen_k
+                    ? Band::all_tiles(band.seqlen_q, kTile.queries)
+                    : band.query_tiles(j0, j0 + kTile.keys - 1, kTile.queries),
+                static_cast<int>(p.heads_q) / static_cast<int>(p.heads_k)},
+          gradient(p, band) {}
 
     static FASTATTN_DEVICE int first_key() { return warp() / kGroups * 16; }
     static FASTATTN_DEVICE int group() { return warp() % kGroups; }
@@ -123,8 +126,8 @@ struct KeyTileLoop {
         const int count = steps.count();
         if (count == 0) return;
         const Memory memory(smem_base());
-        load<kTile.keys>(memory.k, head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk), j0);
-        load<kTile.keys>(memory.v, head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v), j0);
+        load<kTile.keys>(memory.k, head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk), j0);
+        load<kTile.keys>(memory.v, head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v), j0);
         Step at = {0, 0, 0};
         load_q(memory, at);
         load_grad_out(memory, at);
@@ -202,8 +205,8 @@ private:
                 const float delta = load_shared<float>(memory.row(here.n, kTile.queries + column + i));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const bool visible = !kMasked || (begin[half] <= i && i < end[half]);
-                    gradient(s[0][c][2 * half + pair], dp[0][c][2 * half + pair], visible, lse, delta, b,
+                    const bool in_window = !kMasked || (begin[half] <= i && i < end[half]);
+                    gradient(s[0][c][2 * half + pair], dp[0][c][2 * half + pair], in_window, lse, delta, b,
                              kGeneral ? head(here) : 0, i0 + i, j0 + first_key() + fragment_row(2 * half));
                 }
             }
@@ -301,12 +304,12 @@ template <typename T, int kHeadDim, bool kGeneral>
 FASTATTN_KERNEL((KeyTileLoop<T, kHeadDim, kGeneral>::kThreads), 1) dkdv_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = KeyTileLoop<T, kHeadDim, kGeneral>;
     constexpr KeyTile kTile = Loop::kTile;
-    const Band band = Band::of(p);
     const int64_t tiles = (p.seqlen_k + kTile.keys - 1) / kTile.keys;
     // The first tile first: under a causal window the most queries see it.
     const WorkItem work = work_item(block_index(), tiles, p.batch * p.heads_k,
-                                    p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_q / p.heads_k);
-    const int b = static_cast<int>(work.head / p.heads_k), hk = static_cast<int>(work.head % p.heads_k);
+                                    p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2);
+    const int heads_k = static_cast<int>(p.heads_k), b = work.head / heads_k, hk = work.head % heads_k;
+    const Band band = Band::of(p, b);
     const int j0 = work.tile * kTile.keys;
 
     Loop loop(p, band, b, hk, j0);

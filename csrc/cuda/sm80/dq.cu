@@ -19,7 +19,7 @@ struct QueryTileLoop {
 
     const AttentionParams& p;
     const Band& band;
-    const int64_t b, h, hk;
+    const int b, h, hk;
     const int i0;
     const TileRange tiles;
     const EntryGradient<kGeneral> gradient;
@@ -27,15 +27,17 @@ struct QueryTileLoop {
     float lse[2], delta[2];
     float dq[1][kHeadDim / 8][4];
 
-    FASTATTN_DEVICE QueryTileLoop(const AttentionParams& p, const Band& band, int64_t b, int64_t h, int i0)
+    FASTATTN_DEVICE QueryTileLoop(const AttentionParams& p, const Band& band, int b, int h, int i0)
         : p(p),
           band(band),
           b(b),
           h(h),
-          hk(h / (p.heads_q / p.heads_k)),
+          hk(h / (static_cast<int>(p.heads_q) / static_cast<int>(p.heads_k))),
           i0(i0),
-          tiles(band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys)),
-          gradient(p) {
+          tiles(kGeneral && p.prefix_lens.data
+                    ? Band::all_tiles(band.seqlen_k, kTile.keys)
+                    : band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys)),
+          gradient(p, band) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool exists = row(half) < band.seqlen_q;
@@ -58,8 +60,8 @@ struct QueryTileLoop {
     FASTATTN_DEVICE void load_keys(int n) const {
         const uint32_t stage = (n & 1) * kStage;
         const int j0 = tiles.at(n) * kTile.keys;
-        load<kTile.keys>(smem_base() + kK + stage, head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk), j0);
-        load<kTile.keys>(smem_base() + kV + stage, head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v), j0);
+        load<kTile.keys>(smem_base() + kK + stage, head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk), j0);
+        load<kTile.keys>(smem_base() + kV + stage, head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v), j0);
     }
 
     FASTATTN_DEVICE void run(bool careful) {
@@ -100,9 +102,9 @@ private:
 #pragma unroll
             for (int e = 0; e < 2 * kN; ++e) {
                 const int j = 8 * (e / 2) + fragment_col(e % 2);  // from j0
-                const bool visible = !kMasked || (begin <= j && j < end && i < band.seqlen_q);
-                gradient(s[0][e / 2][2 * half + e % 2], dp[0][e / 2][2 * half + e % 2], visible, lse[half], delta[half],
-                         b, h, i, j0 + j);
+                const bool in_window = !kMasked || (begin <= j && j < end);
+                gradient(s[0][e / 2][2 * half + e % 2], dp[0][e / 2][2 * half + e % 2], in_window, lse[half],
+                         delta[half], b, h, i, j0 + j);
             }
         }
 #pragma unroll
@@ -123,12 +125,13 @@ template <typename T, int kHeadDim, bool kGeneral>
 FASTATTN_KERNEL(query_tile(kHeadDim).threads(), 1) dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
     using Loop = QueryTileLoop<T, kHeadDim, kGeneral>;
     constexpr ForwardTile kTile = Loop::kTile;
-    const Band band = Band::of(p);
     const int64_t tiles_q = (p.seqlen_q + kTile.queries - 1) / kTile.queries;
     const WorkItem work = work_item(block_index(), tiles_q, p.batch * p.heads_q,
-                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_k / p.heads_q);
+                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
     const int i0 = static_cast<int>(tiles_q - 1 - work.tile) * kTile.queries;  // the last sees the most keys
-    Loop loop(p, band, work.head / p.heads_q, work.head % p.heads_q, i0);
+    const int b = work.head / static_cast<int>(p.heads_q), h = work.head % static_cast<int>(p.heads_q);
+    const Band band = Band::of(p, b);
+    Loop loop(p, band, b, h, i0);
     loop.run(false);
     if (kGeneral || loop.tiles.masked() > 0) {
         const uint32_t rows = (loop.row(0) < band.seqlen_q ? 1u : 0u) | (loop.row(1) < band.seqlen_q ? 2u : 0u);

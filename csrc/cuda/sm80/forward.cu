@@ -36,25 +36,27 @@ FASTATTN_KERNEL(forward_tile(kHeadDim).threads(), 1) forward_kernel(FASTATTN_CON
     using Layout = typename Loop::Layout;
     constexpr ForwardTile kTile = Loop::kTile;
 
-    const Band band = Band::of(p);
     const int64_t tiles_q = query_tiles(p, kTile.queries);
     const WorkItem work = work_item(block_index(), tiles_q, p.batch * p.heads_q,
-                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_k / p.heads_q);
-    const int64_t b = work.head / p.heads_q, h = work.head % p.heads_q, hk = h / (p.heads_q / p.heads_k);
+                                    p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
+    const int heads_q = static_cast<int>(p.heads_q), group = heads_q / static_cast<int>(p.heads_k);
+    const int b = work.head / heads_q, h = work.head % heads_q, hk = h / group;
+    const Band band = Band::of(p, b);
     const int i0 = static_cast<int>(tiles_q - 1 - work.tile) * kTile.queries;  // the last sees the most keys
 
-    const TileLoader<T, kTile.queries, kHeadDim, Loop::kThreads> load_q(
-        head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk));
-    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_k(
-        head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk));
-    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_v(
-        head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v));
-
     const TileRange tiles = band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys);
+    if (tiles.count() > 0) {  // else nobody would wait for it
+        TileLoader<T, kTile.queries, kHeadDim, Loop::kThreads>{
+            head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk)}(smem_base(), i0);
+    }
+    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_k(
+        head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk));
+    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_v(
+        head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v));
+
     Loop loop(static_cast<float>(p.softmax_scale) * kLog2E);
     const auto rules = [&](auto& s, int j0, int) { apply_band<Loop>(s, band, i0, j0); };
     const auto no_dropout = [](auto&, int) {};
-    load_q(smem_base(), i0);
     loop.run(tiles, 0, tiles.masked(), tiles.count(), false, load_k, load_v, rules, no_dropout);
     // The rows of the tile that exist: their output must be free of the NaN of keys they do not see.
     uint32_t rows = 0;

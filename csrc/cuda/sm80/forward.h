@@ -59,7 +59,7 @@ private:
         const int j0 = (kMasked ? tiles.at(n) : tiles.full(n)) * kTile.keys;
         const int next = n + 1 == end ? -1 : (kMasked ? tiles.at(n + 1) : tiles.full(n + 1)) * kTile.keys;
         const uint32_t q = opaque(smem_base());
-        const uint32_t k = q + kK, v = q + kV, here = ((n - begin) & 1) * kStage, there = kStage - here;
+        const uint32_t k = q + kK, here = ((n - begin) & 1) * kStage, there = kStage - here;
 
         cp_async_wait<1>();
         barrier();
@@ -72,6 +72,7 @@ private:
         softmax.template update<kMasked, kGeneral>(s, out);
         drop(s, j0);
 
+        const uint32_t v = opaque(smem_base()) + kV;
         cp_async_wait<1>();
         barrier();
         if (next >= 0) load_v(v + there, next);

@@ -28,16 +28,16 @@ FASTATTN_DEVICE float* partial_out(const AttentionParams& p, int64_t split) {
 struct PackedRow {
     int h, i;  // i = -1: no such row
 
-    static FASTATTN_DEVICE PackedRow of(const AttentionParams& p, int64_t hk, int64_t row) {
-        const int group = static_cast<int>(p.heads_q / p.heads_k), queries = static_cast<int>(p.seqlen_q);
-        if (row >= static_cast<int64_t>(group) * queries) return {0, -1};
-        return {static_cast<int>(hk) * group + static_cast<int>(row / queries), static_cast<int>(row % queries)};
+    static FASTATTN_DEVICE PackedRow of(const AttentionParams& p, int hk, int row) {
+        const int group = static_cast<int>(p.heads_q) / static_cast<int>(p.heads_k);
+        const int queries = static_cast<int>(p.seqlen_q);
+        return row < group * queries ? PackedRow{hk * group + row / queries, row % queries} : PackedRow{0, -1};
     }
 };
 
 // The packed rows from row0 on into the tile of Q, for any strides.
 template <typename T, int kRows, int kHeadDim, int kThreads>
-FASTATTN_DEVICE void load_packed(uint32_t to, const AttentionParams& p, int64_t b, int64_t hk, int64_t row0) {
+FASTATTN_DEVICE void load_packed(uint32_t to, const AttentionParams& p, int b, int hk, int row0) {
     using Layout = SwizzledTile<kHeadDim>;
 #pragma unroll 1
     for (int n = thread_index(); n < kRows * Layout::kChunks; n += kThreads) {
@@ -65,26 +65,29 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
     constexpr ForwardTile kTile = Loop::kTile;
     static_assert(Loop::kM == 1);
 
-    const Band band = Band::of(p);
-    const int64_t group_rows = p.heads_q / p.heads_k * p.seqlen_q;
-    const int64_t row_tiles = (group_rows + kTile.queries - 1) / kTile.queries;
-    const int64_t split = block_index() % p.num_splits;
-    const WorkItem work = work_item(block_index() / p.num_splits, row_tiles, p.batch * p.heads_k,
+    const int group_rows = static_cast<int>(p.heads_q) / static_cast<int>(p.heads_k) * static_cast<int>(p.seqlen_q);
+    const int row_tiles = (group_rows + kTile.queries - 1) / kTile.queries;
+    const int splits = static_cast<int>(p.num_splits), block = static_cast<int>(block_index()), split = block % splits;
+    const WorkItem work = work_item(block / splits, row_tiles, p.batch * p.heads_k,
                                     p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2);
-    const int64_t b = work.head / p.heads_k, hk = work.head % p.heads_k;
-    const int64_t row0 = (row_tiles - 1 - work.tile) * kTile.queries;
+    const int heads_k = static_cast<int>(p.heads_k), b = work.head / heads_k, hk = work.head % heads_k;
+    const Band band = Band::of(p, b);
+    const int row0 = (row_tiles - 1 - work.tile) * kTile.queries;
 
     // The tiles of keys that the queries of these rows see: of one head those between the first row and the last.
     const PackedRow first = PackedRow::of(p, hk, row0);
-    const PackedRow last = PackedRow::of(p, hk, (row0 + kTile.queries < group_rows ? row0 + kTile.queries : group_rows) - 1);
+    const PackedRow last = PackedRow::of(p, hk, min32(row0 + kTile.queries, group_rows) - 1);
     const bool one_head = first.h == last.h;
-    const TileRange tiles = band.key_tiles(one_head ? first.i : 0, one_head ? last.i : band.seqlen_q - 1, kTile.keys);
-    const int per_split = (tiles.count() + static_cast<int>(p.num_splits) - 1) / static_cast<int>(p.num_splits);
-    const int begin = min32(static_cast<int>(split) * per_split, tiles.count());
+    const TileRange tiles =
+        p.prefix_lens.data
+            ? Band::all_tiles(band.seqlen_k, kTile.keys)
+            : band.key_tiles(one_head ? first.i : 0, one_head ? last.i : band.seqlen_q - 1, kTile.keys);
+    const int per_split = (tiles.count() + splits - 1) / splits;
+    const int begin = min32(split * per_split, tiles.count());
     const int end = min32(begin + per_split, tiles.count());
 
-    const Matrix<const T> k = head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk);
-    const Matrix<const T> v = head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v);
+    const Matrix<const T> k = head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk);
+    const Matrix<const T> v = head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v);
     const bool k_chunks = in_chunks(k), v_chunks = in_chunks(v);
     const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> copy_k(k), copy_v(v);
     const auto load_k = [&](uint32_t to, int j0) {
@@ -97,29 +100,27 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
     };
 
     // This lane's two rows.
-    PackedRow row[2];
-    EntryRow entries[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        row[half] = PackedRow::of(p, hk, row0 + Loop::first_row(0) + fragment_row(2 * half));
-        entries[half] = EntryRow::of(p, b, row[half].h, max32(row[half].i, 0));
-    }
-    // Scores are scaled before the softmax where it matters: a bias is added to them, or the maximum would be a minimum.
+    const PackedRow row[2] = {PackedRow::of(p, hk, row0 + Loop::first_row(0) + fragment_row(0)),
+                              PackedRow::of(p, hk, row0 + Loop::first_row(0) + fragment_row(2))};
+    // Scores are scaled before the softmax where it matters: something is added to them, or the maximum is a minimum.
     const float scale = static_cast<float>(p.softmax_scale);
-    const bool scaled = p.bias.data || !(scale > 0.f);
-    const bool by_entry = scaled || p.mask.data;
+    const bool scaled = p.bias.data || p.softcap != 0. || p.alibi_slopes.data || !(scale > 0.f);
+    const bool every_entry = scaled || by_entry(p);
     const auto rules = [&](auto& s, int j0, int n) {
-        if (n >= tiles.masked() && !by_entry) return;
+        if (n >= tiles.masked() && !every_entry) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            const EntryRow entries = {b, row[half].h, row[half].i};
             const int key_begin = band.keys_begin(row[half].i);
-            const int key_end = row[half].i < 0 ? 0 : band.keys_end(row[half].i);
+            const int key_end = band.keys_end(row[half].i);
 #pragma unroll
             for (int e = 0; e < 2 * Loop::kN; ++e) {
                 float& score = s[0][e / 2][2 * half + e % 2];
                 const int j = j0 + 8 * (e / 2) + fragment_col(e % 2);
                 if (scaled) score *= scale;
-                score = key_begin <= j && j < key_end ? entries[half].score(p, score, j) : -INFINITY;
+                const bool in_window = key_begin <= j && j < key_end;
+                score = row[half].i >= 0 && entries.sees(p, band, in_window, j) ? entries.score(p, band, score, j)
+                                                                                : -INFINITY;
             }
         }
     };
@@ -143,10 +144,10 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
 
     Loop loop(scaled ? kLog2E : scale * kLog2E);
     load_packed<T, kTile.queries, kHeadDim, Loop::kThreads>(smem_base(), p, b, hk, row0);
-    loop.run(tiles, begin, end, end, false, load_k, load_v, rules, drop);
     const uint32_t rows = (row[0].i >= 0 ? 1u : 0u) | (row[1].i >= 0 ? 2u : 0u);
-    if (barrier_or(any_nonfinite(loop.out, rows))) {
-        loop.run(tiles, begin, end, end, true, load_k, load_v, rules, drop);
+    for (bool careful = false;; careful = true) {
+        loop.run(tiles, begin, end, end, careful, load_k, load_v, rules, drop);
+        if (careful || !barrier_or(any_nonfinite(loop.out, rows))) break;
     }
 
     loop.softmax.finish();
@@ -155,12 +156,13 @@ FASTATTN_KERNEL(general_forward_tile(kHeadDim).threads(), 1) forward_general_ker
     for (int half = 0; half < 2; ++half) {
         const PackedRow at = row[half];
         if (at.i < 0) continue;
-        const float factor = loop.softmax.normalizer(0, half) * kept;
+        float factor = loop.softmax.normalizer(0, half) * kept, row_lse = loop.softmax.lse(0, half);
+        if (p.sinks.data && p.num_splits == 1) factor *= add_sink(row_lse, sink_of(p, at.h));
         const int64_t flat = (b * p.heads_q + at.h) * p.seqlen_q + at.i;
         float* lse = p.num_splits > 1 ? partial_lse(p, split) + flat
                                       : static_cast<float*>(p.lse.data) + b * p.lse.stride[0] +
                                             at.h * p.lse.stride[1] + at.i * p.lse.stride[2];
-        if ((lane() & 3) == 0) store_global(lse, loop.softmax.lse(0, half));
+        if ((lane() & 3) == 0) store_global(lse, row_lse);
         const Matrix<T> out = head_matrix<T>(p.out, b, at.h, p.seqlen_q, p.head_dim_v);
 #pragma unroll
         for (int e = 0; e < 2 * kHeadDim / 8; ++e) {
@@ -184,11 +186,13 @@ FASTATTN_KERNEL(kCombineThreads, 1) combine_kernel(FASTATTN_CONSTANT AttentionPa
     const int64_t flat = block_index() * (kCombineThreads / 32) + warp();
     if (flat >= all_rows(p)) return;
     const int64_t i = flat % p.seqlen_q, h = flat / p.seqlen_q % p.heads_q, b = flat / p.seqlen_q / p.heads_q;
-    float max = -INFINITY, sum = 0.f;
+    const float sink = p.sinks.data ? sink_of(p, h) : -INFINITY;
+    float max = sink, sum = 0.f;
     for (int64_t split = 0; split < p.num_splits; ++split) {
         max = fmaxf(max, load_global(partial_lse(p, split) + flat));
     }
     const float pivot = max == -INFINITY ? 0.f : max;
+    sum += exp2_approx((sink - pivot) * kLog2E);
     for (int64_t split = 0; split < p.num_splits; ++split) {
         sum += exp2_approx((load_global(partial_lse(p, split) + flat) - pivot) * kLog2E);
     }

@@ -30,7 +30,7 @@ constexpr ForwardTile forward_tile(int head_dim) {
 constexpr ForwardTile general_forward_tile(int head_dim) {
     if (head_dim <= 64) return {64, 64, 4};   // 40 KiB
     if (head_dim <= 128) return {64, 64, 4};  // 80 KiB
-    return {64, 32, 4};                       // 96 KiB
+    return {64, 16, 4};                       // 64 KiB
 }
 
 struct KeyTile {

@@ -45,6 +45,7 @@ void launch_variant(const AttentionParams& p, int multiprocessors, void* stream)
         p,
     };
     const int64_t tiles = (p.seqlen_q + kTile.queries - 1) / kTile.queries * p.heads_q * p.batch;
+    check(tiles <= 0x7fffffff, tiles, " tiles of queries: at most 2^31 - 1");
     const int64_t blocks = kTile.persistent && tiles > multiprocessors ? multiprocessors : tiles;
     launch(forward_kernel<T, kHeadDim, kVariant>, {blocks}, kTile.threads(),
            static_cast<int>(forward_shared_bytes(kHeadDim, kVariant)), stream, arguments);

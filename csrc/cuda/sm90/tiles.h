@@ -22,8 +22,8 @@ struct ForwardTile {
 
 constexpr int value_dim(int head_dim) { return head_dim == 192 ? 128 : head_dim; }
 
-// Variants 0 and 1 are what calls get. Those after them are compiled for `python -m benchmarks.hopper` alone
-// (FASTATTN_SM90_VARIANTS=1 at the build): every tile below with and without turns and persistent blocks.
+// Variants 0 and 1 are what calls get. Those after them are for timing, compiled where FASTATTN_SM90_VARIANTS=1 at the
+// build and chosen by FASTATTN_SM90_VARIANT=n at a call: every tile below with and without turns and persistent blocks.
 constexpr int kFull = 0, kBanded = 1, kFirstTimed = 2;
 
 constexpr ForwardTile default_tile(int head_dim, bool banded) {

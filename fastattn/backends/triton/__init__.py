@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients
+from fastattn.backends.base import Gradients, Tensors, not_yet
 from fastattn.backends.triton.configs import INTERPRET, KERNELS, SMALLEST_BLOCK, config
 from fastattn.spec import AttentionSpec
 
@@ -50,7 +50,7 @@ class TritonBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = []
+        reasons = not_yet(spec)
         device = torch.device(spec.device)
         if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not INTERPRET):
             reasons.append(f"device {spec.device}: Triton kernels need a GPU, or TRITON_INTERPRET=1 before the import")
@@ -88,41 +88,21 @@ class TritonBackend:
         tiles = "; ".join(f"{kernel} {config(arch, bits, f, kernel)}" for kernel in kernels)
         return f"Triton, {arch}, {f.describe()}: {tiles}"
 
-    def forward(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton.launch import plan_forward
 
-        out, lse, launches = plan_forward(spec, architecture(str(q.device)), q, k, v, mask, bias, dropout_seed)
-        _run(launches, q.device)
+        out, lse, launches = plan_forward(spec, architecture(str(t.q.device)), t)
+        _run(launches, t.q.device)
         return out, lse
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        dropout_seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
         from fastattn.backends.triton.launch import plan_backward
 
-        arch = architecture(str(q.device))
-        gradients, launches = plan_backward(spec, arch, grad_out, grad_lse, q, k, v, mask, bias, dropout_seed, out, lse)
-        _run(launches, q.device)
+        arch = architecture(str(t.q.device))
+        gradients, launches = plan_backward(spec, arch, t, grad_out, grad_lse, out, lse)
+        _run(launches, t.q.device)
         return gradients
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, empty_like_layout
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout
 from fastattn.backends.triton.backward import dbias_kernel, delta_kernel, dkdv_kernel, dq_kernel
 from fastattn.backends.triton.configs import Config, Features, careful_config, config
 from fastattn.backends.triton.forward import forward_kernel
@@ -103,10 +103,9 @@ def _tiled(
     return [launch(c, owned(c), False), launch(careful_config(f), owned(c), True)]
 
 
-def _inputs(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None
-) -> dict[str, Any]:
+def _inputs(spec: AttentionSpec, t: Tensors) -> dict[str, Any]:
     """The arguments that all kernels of attention take."""
+    q, k, v, mask, bias = t.q, t.k, t.v, t.mask, t.bias
     shape = (spec.batch, spec.heads_q, spec.seqlen_q, spec.seqlen_k)
     unused = (0, 0, 0, 0)
     if mask is not None:
@@ -120,7 +119,7 @@ def _inputs(
         "v": v,
         "mask": mask,
         "bias": bias,
-        "seed": seed,
+        "seed": t.dropout_seed,
         "q_stride": q.stride(),
         "k_stride": k.stride(),
         "v_stride": v.stride(),
@@ -138,23 +137,14 @@ def _scales(spec: AttentionSpec) -> tuple[float, float, float]:
     return of_scores, spec.softmax_scale, 0.0 if spec.dropout_p >= 1.0 else 1.0 / (1.0 - spec.dropout_p)
 
 
-def plan_forward(
-    spec: AttentionSpec,
-    arch: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor, list[Launch]]:
+def plan_forward(spec: AttentionSpec, arch: str, t: Tensors) -> tuple[Tensor, Tensor, list[Launch]]:
     """out, lse and the launches that will fill them, in order."""
     f = features(spec, arch == "gfx942")
-    out = empty_like_layout(q, spec.head_dim_v)
-    lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
+    out = empty_like_layout(t.q, spec.head_dim_v)
+    lse = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=t.q.device)
     of_scores, _, of_dropout = _scales(spec)
     arguments = {
-        **_inputs(spec, q, k, v, mask, bias, dropout_seed),
+        **_inputs(spec, t),
         "out": out,
         "lse": lse,
         "out_stride": out.stride(),
@@ -168,22 +158,18 @@ def plan_forward(
 def plan_backward(
     spec: AttentionSpec,
     arch: str,
+    t: Tensors,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Gradients, list[Launch]]:
     """The gradients and the launches that will fill them, in order."""
+    q, k, v, bias = t.q, t.k, t.v, t.bias
     f = features(spec, arch == "gfx942")
     dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
     delta = torch.empty((spec.batch, spec.heads_q, spec.seqlen_q), dtype=torch.float32, device=q.device)
-    inputs = _inputs(spec, q, k, v, mask, bias, dropout_seed)
+    inputs = _inputs(spec, t)
     shared = {
         **inputs,
         "grad_out": grad_out,

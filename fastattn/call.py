@@ -1,0 +1,368 @@
+"""Arguments of the public functions, checked and brought to the form that the operators take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, ops
+from fastattn.backends.base import Tensors
+from fastattn.spec import (
+    AttentionSpec,
+    Window,
+    check_bias,
+    check_dropout,
+    check_integers,
+    check_mask,
+    check_scale,
+    check_shapes,
+    check_sinks,
+    check_slopes,
+    check_softcap,
+    check_tensors,
+    check_window,
+)
+
+
+class Arguments(NamedTuple):
+    """What ``torch.ops.fastattn.attention_forward`` takes: its tensors and the rest."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
+    others: list[Tensor | None]
+    call: ops.Call
+
+    def spec(self) -> AttentionSpec:
+        return ops.make_spec(Tensors(*self[:5], *self.others), self.call)
+
+
+class Shaping(NamedTuple):
+    """The features beyond window, mask, bias and dropout, as :func:`fastattn.attention` takes them."""
+
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    q_segments: Tensor | None = None
+    k_segments: Tensor | None = None
+    prefix_lens: Tensor | None = None
+
+
+class Ragged(NamedTuple):
+    """What makes the sequences of a call differ; the fields of :class:`~fastattn.backends.base.Tensors`."""
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None
+    block_table: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    num_splits: int = 0
+
+
+NO_SHAPING = Shaping()
+
+
+def shaping(
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+) -> Shaping | None:
+    """None when none of them is asked for, which costs a plain call nothing."""
+    if (
+        not softcap
+        and alibi_slopes is None
+        and sinks is None
+        and q_segments is None
+        and k_segments is None
+        and prefix_lens is None
+    ):
+        return None
+    return Shaping(softcap or 0.0, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
+
+
+def draw_dropout_seed(device: torch.device) -> Tensor:
+    """A dropout seed from torch's generator of that device: int64, one element; ``torch.manual_seed`` repeats it."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def combine_window(causal: bool, window: Window | None) -> Window:
+    """``causal`` and ``window`` as one pair."""
+    check_window(window)
+    left, right = window or (None, None)
+    if causal:
+        right = 0
+    return left, right
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as torch casts for its own attention: floating tensors other than float64."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+# Calls whose tensors have been checked and need no reshaping, by all that the checks look at.
+_known: set[tuple[Any, ...]] = set()
+_MAX_KNOWN = 4096
+
+
+def _signature(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, gqa_hint: str | None
+) -> tuple[Any, ...]:
+    """All that the checks of tensors look at; () when something is not a plain tensor and must be told so."""
+    try:
+        return (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            q.layout,
+            k.layout,
+            v.layout,
+            gqa_hint is None,
+            mask if mask is None else (mask.shape, mask.dtype, mask.device, mask.layout),
+            bias if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
+        )
+    except AttributeError:
+        return ()
+
+
+def _batch_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """The batch dimensions (all before heads) that the three broadcast to; (1,) when there are none."""
+    if not q.dim() == k.dim() == v.dim():
+        raise ValueError(
+            "query, key and value must have the same number of dimensions; got "
+            f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+        )
+    if q.dim() < 4:
+        return (1,)
+    batch = q.shape[:-3]
+    if batch == k.shape[:-3] and batch == v.shape[:-3]:
+        return tuple(batch)
+    try:
+        return tuple(torch.broadcast_shapes(batch, k.shape[:-3], v.shape[:-3]))
+    except RuntimeError:
+        raise ValueError(
+            "the batch dimensions of query, key and value must be equal or 1; got "
+            f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+        ) from None
+
+
+def _fold(x: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """``x`` with exactly four dimensions: heads and batch of 1 where missing, batch dimensions broadcast and folded."""
+    if x.dim() < 4:
+        return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    if x.shape[:-3] != batch:
+        x = x.expand(*batch, *x.shape[-3:])
+    return x if x.dim() == 4 else x.flatten(0, -4)
+
+
+def _fold_mask(x: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """A mask or bias with four dimensions, size 1 where it is broadcast (over the whole batch, or not at all)."""
+    if x.dim() == 4 and len(batch) == 1:
+        return x
+    if x.dim() < 4:
+        return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    if math.prod(x.shape[:-3]) == 1:
+        return x.reshape(1, *x.shape[-3:])
+    return x.expand(*batch, *x.shape[-3:]).flatten(0, -4)
+
+
+def _fold_rows(x: Tensor, batch: tuple[int, ...], row: tuple[int, ...]) -> Tensor:
+    """``(*batch, *row)``, or what broadcasts to it in the batch, as ``(batch or 1, *row)``."""
+    lead = x.shape[: x.dim() - len(row)]
+    if math.prod(lead) == 1:
+        return x.reshape(1, *row)
+    return x.expand(*batch, *row).reshape(-1, *row)
+
+
+def unfold(x: Tensor, like: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """An output with the batch and heads dimensions that the query came with."""
+    if like.dim() == 4:
+        return x
+    if like.dim() == 3:
+        return x.squeeze(0)
+    if like.dim() == 2:
+        return x.squeeze(0).squeeze(0)
+    return x.unflatten(0, batch)
+
+
+def _check_seed(seed: Tensor, q: Tensor) -> None:
+    if not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
+        got = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {got}")
+    if seed.device != q.device:
+        raise ValueError(f"dropout_seed must be on the query's device {q.device}, got {seed.device}")
+
+
+def _seed_for(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return draw_dropout_seed(q.device)
+    _check_seed(seed, q)
+    return seed
+
+
+def shape_tensors(s: Shaping, q: Tensor, seqlen_k: int, seqlen_q: int, batch: tuple[int, ...]) -> Shaping:
+    """The tensors of ``s``, checked, in the shapes and types of :class:`~fastattn.backends.base.Tensors`."""
+    check_softcap(s.softcap)
+    slopes, sinks, of_q, of_k, prefix = s[1:]
+    heads, number = q.shape[1], math.prod(batch)
+    if slopes is not None:
+        check_slopes(slopes, q, (*batch, heads))
+        slopes = slopes.float() if slopes.dim() == 1 else _fold_rows(slopes.float(), batch, (heads,))
+    if sinks is not None:
+        check_sinks(sinks, q)
+        sinks = sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
+    if of_q is None and of_k is not None:
+        raise ValueError("k_segments needs q_segments beside it")
+    if of_q is not None:
+        check_integers("q_segments", of_q, q, (*batch, seqlen_q))
+        if of_k is None and seqlen_q != seqlen_k:
+            raise ValueError(f"q_segments needs k_segments beside it: there are {seqlen_q} queries, {seqlen_k} keys")
+        of_k = of_q if of_k is None else of_k
+        check_integers("k_segments", of_k, q, (*batch, seqlen_k))
+        of_q, of_k = (_fold_rows(x.to(torch.int32), batch, (n,)) for x, n in ((of_q, seqlen_q), (of_k, seqlen_k)))
+    if prefix is not None:
+        check_integers("prefix_lens", prefix, q, batch)
+        prefix = prefix.to(torch.int32).expand(batch).reshape(number)
+    return Shaping(float(s.softcap), slopes, sinks, of_q, of_k, prefix)
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    window: Window,
+    offset: int | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    backend: str | None,
+    shaped: Shaping | None = None,
+    gqa_hint: str | None = None,
+    mask_name: str | None = None,
+) -> tuple[Arguments, tuple[int, ...]]:
+    """Validate and normalise a call on ``(..., heads, seq, head_dim)`` tensors; also the batch shape to give back."""
+    check_scale(softmax_scale)
+    check_dropout(dropout_p)
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
+        raise TypeError(f"offset must be None or an int, got {offset!r}")
+    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(x) for x in (query, key, value))
+    signature = () if torch.compiler.is_compiling() else _signature(query, key, value, mask, bias, gqa_hint)
+    if signature in _known:
+        q, k, v = query, key, value
+        batch: tuple[int, ...] = q.shape[:1]
+    else:
+        check_tensors(query, key, value)
+        batch = _batch_shape(query, key, value)
+        q, k, v = _fold(query, batch), _fold(key, batch), _fold(value, batch)
+        check_shapes(q, k, v, gqa_hint)
+        full = (*batch, q.shape[1], q.shape[2], k.shape[2])[-query.dim() :]
+        if mask is not None:
+            check_mask(mask, q, full, mask_name or "mask")
+        if bias is not None:
+            check_bias(bias, q, full, mask_name or "bias")
+        if signature and q is query and k is key and v is value:
+            if len(_known) >= _MAX_KNOWN:
+                _known.clear()
+            _known.add(signature)
+    if mask is not None:
+        mask = _fold_mask(mask, batch)
+    if bias is not None:
+        bias = _fold_mask(bias, batch)
+    seed = _seed_for(dropout_p, dropout_seed, q)
+    diagonal = k.shape[2] - q.shape[2] if offset is None else offset
+    call = _scalars(q, k, v, bias, window, diagonal, softmax_scale, dropout_p, backend)
+    if shaped is None:
+        others = [] if mask is None and seed is None else [mask, seed, *(None,) * 9]
+        return Arguments(q, k, v, bias, None, others, call), batch
+    softcap, slopes, sinks, *rows = shape_tensors(shaped, q, k.shape[2], q.shape[2], batch)
+    others = [mask, seed, slopes, *rows, *(None,) * 5]
+    return Arguments(q, k, v, bias, sinks, others, (*call, softcap) if softcap else call), batch
+
+
+def _scalars(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    offset: int,
+    softmax_scale: float | None,
+    dropout_p: float,
+    backend: str | None,
+) -> ops.Call:
+    grad = torch.is_grad_enabled()
+    return (
+        q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        window[0],
+        window[1],
+        offset,
+        float(dropout_p),
+        grad and (q.requires_grad or k.requires_grad or v.requires_grad),
+        grad and bias is not None and bias.requires_grad,
+        dispatch.chosen_backend() if backend is None else backend,
+    )
+
+
+def prepare_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ragged: Ragged,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    window: Window,
+    offset: int | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    backend: str | None,
+    shaped: Shaping | None,
+) -> Arguments:
+    """The same for sequences that differ in length, on 4-D tensors whose kind, type and shapes have been checked.
+
+    ``offset=None`` is the bottom-right diagonal of each sequence, else the same diagonal for all of them.
+    """
+    check_scale(softmax_scale)
+    check_dropout(dropout_p)
+    packed, paged = ragged.cu_seqlens_q is not None, ragged.block_table is not None
+    batch = q.shape[0] if ragged.cu_seqlens_q is None else ragged.cu_seqlens_q.shape[0] - 1
+    seqlen_q = ragged.max_seqlen_q if packed else q.shape[2]
+    seqlen_k = ragged.max_seqlen_k if packed or paged else k.shape[2]
+    full = (batch, q.shape[1], seqlen_q, seqlen_k)
+    if mask is not None:
+        check_mask(mask, q, full)
+        mask = _fold_mask(mask, (batch,))
+    if bias is not None:
+        check_bias(bias, q, full)
+        bias = _fold_mask(bias, (batch,))
+    relative = offset is None
+    if relative and not packed and ragged.seqused_k is None:
+        relative, offset = False, seqlen_k - seqlen_q
+    seed = _seed_for(dropout_p, dropout_seed, q)
+    call = _scalars(q, k, v, bias, window, offset or 0, softmax_scale, dropout_p, backend)
+    softcap, slopes, sinks, *rows = shape_tensors(shaped or NO_SHAPING, q, seqlen_k, seqlen_q, (batch,))
+    others = [mask, seed, slopes, *rows, *ragged[:5]]
+    lengths = (seqlen_q, seqlen_k) if packed else (0, seqlen_k if paged else 0)
+    return Arguments(q, k, v, bias, sinks, others, (*call, softcap, relative, *lengths, ragged.num_splits))
