@@ -4,6 +4,7 @@ Environment:
     FASTATTN_CPU=0            no compiled code at all: Triton and reference kernels only
     FASTATTN_CUDA=0 | 1       leave the CUDA kernels out, or fail without a CUDA compiler (default: build if found)
     FASTATTN_CUDA_ARCHS       architectures, e.g. "80;90" (default: those of DEFAULT_CUDA_ARCHS that nvcc knows)
+    FASTATTN_SM90_VARIANTS=1  every variant of the Hopper forward, for timing: see csrc/cuda/sm90/tiles.h
     FASTATTN_SANITIZE         e.g. "address,undefined": host code with these sanitizers
     FASTATTN_JOBS             parallel compilations (default: one per core)
     CXX, CUDA_HOME            compilers
@@ -94,11 +95,12 @@ def cuda_sources(hopper: bool = True) -> list[Source]:
 
 
 def hopper_sources() -> list[Source]:
-    sources = [Source("csrc/cuda/sm90/dispatch.cu", hopper=True)]
+    timed = ("-DFASTATTN_SM90_VARIANTS",) if os.environ.get("FASTATTN_SM90_VARIANTS") == "1" else ()
+    sources = [Source("csrc/cuda/sm90/dispatch.cu", flags=timed, hopper=True)]
     for direction, dims in (("forward", (64, 96, 128, 192, 256)), ("backward", (64, 128))):
         for dtype in ("Half", "BFloat16"):
             for dim in dims:
-                sources.append(Source(f"csrc/cuda/sm90/{direction}.cu", _defines(dtype, str(dim)), hopper=True))
+                sources.append(Source(f"csrc/cuda/sm90/{direction}.cu", _defines(dtype, str(dim)), timed, hopper=True))
     return sources
 
 

@@ -54,7 +54,7 @@ convert_dq_kernel(FASTATTN_CONSTANT AttentionParams p, FASTATTN_CONSTANT SumsArg
     }
     if (any_lane(check != 0.f)) {  // perhaps only for the NaN of keys that the query does not see
         dq = {};
-        redo_query_gradient<T>(p, Band::of(p), b, h, h / static_cast<int>(p.heads_q / p.heads_k), i, dq);
+        redo_query_gradient<T>(p, Band::of(p, 0), b, h, h / static_cast<int>(p.heads_q / p.heads_k), i, dq);
     }
     T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride[0] + h * p.dq.stride[1] + i * p.dq.stride[2];
     const float scale = static_cast<float>(p.softmax_scale);

@@ -47,7 +47,7 @@ struct Backward {
 
     const BackwardArguments& arguments;
     const AttentionParams& p = arguments.params;
-    const Band band = Band::of(p);
+    const Band band = Band::of(p, 0);  // of every batch entry: none has a length of its own
     const int heads = static_cast<int>(p.heads_q / p.heads_k);
     const uint32_t k = smem_base(), v = k + Keys::kBytes, q = v + Keys::kBytes;
     const uint32_t grad_out = q + kStages * Queries::kBytes, scores = grad_out + kStages * Queries::kBytes;

@@ -2,6 +2,7 @@
 #include "cuda/sm90/dispatch.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <sstream>
 #include <type_traits>
 
@@ -42,6 +43,16 @@ std::string spec_reason(const AttentionParams& p) {
     if (p.mask.data) return "a mask";
     if (p.bias.data) return "a bias";
     if (p.dropout_threshold != 0) return "dropout";
+    if (p.softcap != 0) return "softcap";
+    if (p.alibi_slopes.data) return "alibi_slopes";
+    if (p.sinks.data) return "sinks";
+    if (p.q_segments.data || p.k_segments.data) return "segments";
+    if (p.prefix_lens.data) return "prefix_lens";
+    if (p.leftpad_k.data) return "leftpad_k";
+    if (p.seqused_k.data) return "key lengths";
+    if (p.cu_seqlens_q.data || p.cu_seqlens_k.data || p.total_q >= 0 || p.total_k >= 0) return "packed sequences";
+    if (p.block_table.data || p.page_size != 0) return "paged keys";
+    if (p.num_splits > 1) return words("num_splits ", p.num_splits);
     if (p.head_dim_qk % 8 != 0) return words("head_dim_qk ", p.head_dim_qk, ": must be a multiple of 8");
     if (p.head_dim_v % 8 != 0) return words("head_dim_v ", p.head_dim_v, ": must be a multiple of 8");
     return {};
@@ -62,9 +73,18 @@ std::string inputs_reason(const AttentionParams& p) {
 
 // Whether some key is invisible to some query.
 bool is_banded(const AttentionParams& p) {
-    return p.offset + p.right < p.seqlen_k - 1 || p.offset - p.left > 1 - p.seqlen_q;
+    const int64_t offset = p.relative_offset ? p.offset + p.seqlen_k - p.seqlen_q : p.offset;
+    return offset + p.right < p.seqlen_k - 1 || offset - p.left > 1 - p.seqlen_q;
 }
-int forward_variant(const AttentionParams& p) { return is_banded(p) ? kBanded : kFull; }
+int forward_variant(const AttentionParams& p) {
+    if (const char* asked = std::getenv("FASTATTN_SM90_VARIANT")) {
+        const int variant = std::atoi(asked);
+        check(0 <= variant && variant < kVariants, "FASTATTN_SM90_VARIANT ", asked, ": this build has ", kVariants,
+              " variants, from 0; FASTATTN_SM90_VARIANTS=1 builds those for timing");
+        return variant;
+    }
+    return is_banded(p) ? kBanded : kFull;
+}
 
 int forward_head_dim(const AttentionParams& p) {
     const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v);

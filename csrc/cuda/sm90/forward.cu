@@ -1,6 +1,8 @@
 // The Hopper forward for one element type and head dimension.
 #include "cuda/sm90/forward.h"
 
+#include <utility>
+
 #include "cuda/launch.h"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/maps.h"
@@ -43,17 +45,23 @@ void launch_variant(const AttentionParams& p, int multiprocessors, void* stream)
         p,
     };
     const int64_t tiles = (p.seqlen_q + kTile.queries - 1) / kTile.queries * p.heads_q * p.batch;
+    check(tiles <= 0x7fffffff, tiles, " tiles of queries: at most 2^31 - 1");
     const int64_t blocks = kTile.persistent && tiles > multiprocessors ? multiprocessors : tiles;
     launch(forward_kernel<T, kHeadDim, kVariant>, {blocks}, kTile.threads(),
            static_cast<int>(forward_shared_bytes(kHeadDim, kVariant)), stream, arguments);
+}
+
+template <typename T, int kHeadDim, int... kVariant>
+void launch_one_of(std::integer_sequence<int, kVariant...>, int variant, const AttentionParams& p, int multiprocessors,
+                   void* stream) {
+    ((variant == kVariant ? launch_variant<T, kHeadDim, kVariant>(p, multiprocessors, stream) : void()), ...);
 }
 
 }  // namespace
 
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& p, int variant, int multiprocessors, void* stream) {
-    if (variant == kFull) return launch_variant<T, kHeadDim, kFull>(p, multiprocessors, stream);
-    launch_variant<T, kHeadDim, kBanded>(p, multiprocessors, stream);
+    launch_one_of<T, kHeadDim>(std::make_integer_sequence<int, kVariants>{}, variant, p, multiprocessors, stream);
 }
 
 template void forward<FASTATTN_DTYPE, FASTATTN_HEAD_DIM>(const AttentionParams&, int, int, void*);

@@ -46,7 +46,7 @@ struct Forward {
 
     const ForwardArguments& arguments;
     const AttentionParams& p = arguments.params;
-    const Band band = Band::of(p);
+    const Band band = Band::of(p, 0);  // of every batch entry: none has a length of its own
     const uint32_t q = smem_base(), k = q + Queries::kBytes, v = k + kStages * Keys::kBytes;
     const uint32_t barriers = v + kStages * Values::kBytes;
 

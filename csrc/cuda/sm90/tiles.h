@@ -22,10 +22,11 @@ struct ForwardTile {
 
 constexpr int value_dim(int head_dim) { return head_dim == 192 ? 128 : head_dim; }
 
-constexpr int kFull = 0, kBanded = 1;  // variants 0 and 1; those from 2 on are compiled for timing only
+// Variants 0 and 1 are what calls get. Those after them are for timing, compiled where FASTATTN_SM90_VARIANTS=1 at the
+// build and chosen by FASTATTN_SM90_VARIANT=n at a call: every tile below with and without turns and persistent blocks.
+constexpr int kFull = 0, kBanded = 1, kFirstTimed = 2;
 
-constexpr ForwardTile forward_tile(int head_dim, int variant) {
-    const bool banded = variant == kBanded;
+constexpr ForwardTile default_tile(int head_dim, bool banded) {
     // Three warpgroups: with rows so short, K and V are read from shared memory least often by many queries.
     if (head_dim == 64) return {192, 128, 2, true, banded};
     // FlashAttention-3 takes 192 x 144 and P through shared memory; in registers it does not fit beside S and O.
@@ -34,6 +35,30 @@ constexpr ForwardTile forward_tile(int head_dim, int variant) {
     if (head_dim == 128) return {128, banded ? 128 : 176, 2, true, banded};
     if (head_dim == 192) return {128, 112, 2, false, banded};  // 193 KiB
     return {128, 80, 2, false, banded};                        // 225 KiB
+}
+
+struct TileSize {
+    int queries, keys, stages;
+};
+constexpr int kTimedSizes = 2;
+constexpr TileSize timed_size(int head_dim, int n) {
+    if (head_dim == 64) return n == 0 ? TileSize{192, 128, 2} : TileSize{128, 192, 2};
+    if (head_dim == 96) return n == 0 ? TileSize{128, 128, 2} : TileSize{128, 160, 2};
+    if (head_dim == 128) return n == 0 ? TileSize{128, 176, 2} : TileSize{128, 128, 2};
+    if (head_dim == 192) return n == 0 ? TileSize{128, 112, 2} : TileSize{128, 96, 2};
+    return n == 0 ? TileSize{128, 80, 2} : TileSize{128, 64, 2};
+}
+#ifdef FASTATTN_SM90_VARIANTS
+constexpr int kVariants = kFirstTimed + 4 * kTimedSizes;
+#else
+constexpr int kVariants = kFirstTimed;
+#endif
+
+constexpr ForwardTile forward_tile(int head_dim, int variant) {
+    if (variant < kFirstTimed) return default_tile(head_dim, variant == kBanded);
+    const int n = variant - kFirstTimed;
+    const TileSize size = timed_size(head_dim, n / 4);
+    return {size.queries, size.keys, size.stages, (n & 1) != 0, (n & 2) != 0};
 }
 
 constexpr uint32_t forward_barriers(int stages) { return 2 + 4 * stages; }
