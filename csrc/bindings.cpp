@@ -3,6 +3,7 @@
 // A tensor is a tuple (pointer, stride, stride, stride, stride), None where there is none; what is the same for all
 // calls of one spec is one flat tuple, packed once by fastattn/backends/native.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "check.h"
 #include "cpu/attention.h"
@@ -205,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_forward", &cpu_forward);
     m.def("cpu_backward", &cpu_backward);
     m.def("cpu_instruction_set", &cpu::instruction_set);
+    m.def("cpu_instruction_sets", &cpu::instruction_sets);
 #ifdef FASTATTN_WITH_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_configuration", &cuda_configuration);

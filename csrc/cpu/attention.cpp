@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -59,8 +60,9 @@ bool has_amx() {
 }
 #endif
 
-Kernels choose() {
-    const Kernels all[] = {
+// All that were compiled, best first.
+std::vector<Kernels> all_kernels() {
+    return {
 #if defined(__x86_64__)
         {"amx", has_amx(), amx::attention_forward, amx::attention_backward},
         {"avx512", has_avx512(), avx512::attention_forward, avx512::attention_backward},
@@ -69,9 +71,12 @@ Kernels choose() {
 #endif
         {"portable", true, portable::attention_forward, portable::attention_backward},
     };
+}
+
+Kernels choose() {
     const char* wanted = std::getenv("FASTATTN_CPU_ISA");
     std::string known;
-    for (const Kernels& kernels : all) {
+    for (const Kernels& kernels : all_kernels()) {
         known += std::string(known.empty() ? "" : ", ") + kernels.name + (kernels.supported ? "" : " (not here)");
         if (wanted == nullptr || *wanted == '\0' ? kernels.supported
                                                  : kernels.supported && std::string(wanted) == kernels.name) {
@@ -91,5 +96,13 @@ const Kernels& kernels() {
 void attention_forward(const AttentionParams& params) { kernels().forward(params); }
 void attention_backward(const AttentionParams& params) { kernels().backward(params); }
 const char* instruction_set() { return kernels().name; }
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels& kernels : all_kernels()) {
+        if (kernels.supported) names.push_back(kernels.name);
+    }
+    return names;
+}
 
 }  // namespace fastattn::cpu

@@ -1,6 +1,9 @@
 // The CPU kernels' entry points: any strides, any of the four dtypes, results independent of the number of threads.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "../params.h"
 
 namespace fastattn::cpu {
@@ -10,5 +13,6 @@ void attention_backward(const AttentionParams& params);  // writes dq, dk, dv an
 
 // "amx", "avx512", "avx2" or "portable": the best this processor runs, or FASTATTN_CPU_ISA from the environment.
 const char* instruction_set();
+std::vector<std::string> instruction_sets();  // all that this processor runs, best first
 
 }  // namespace fastattn::cpu

@@ -1,0 +1,134 @@
+"""The CPU kernels beyond the contract: every instruction set, sanitizers, bounds, strange shapes, threads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastattn
+from fastattn.backends import cpu
+from fastattn.dispatch import get_backend
+from tests.cases import CASES, Case
+from tests.tolerance import assert_close_to_oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if reason := get_backend("cpu").unavailable_reason():
+    pytest.skip(reason, allow_module_level=True)
+
+INSTRUCTION_SETS = cpu._C.cpu_instruction_sets()
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])
+def test_contract_with_a_lower_instruction_set(isa: str) -> None:
+    """The first one is what every other test runs."""
+    done = python(
+        "-m", "pytest", "-q", "-x", "-p", "no:xdist", "tests/test_contract.py", "-k", "cpu", FASTATTN_CPU_ISA=isa
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    done = python("-c", "from fastattn import _C; _C.cpu_instruction_set()", FASTATTN_CPU_ISA="avx9")
+    assert "FASTATTN_CPU_ISA is 'avx9'; this processor has: " in done.stderr
+
+
+def compiler_flags(isa: str) -> list[str]:
+    code = (
+        "import setuptools; setuptools.setup = lambda **_: None; import setup as build; "
+        f"print(*build.COMPILE_FLAGS, *build.KERNEL_FLAGS, *build.CPU_ISAS[{isa!r}])"
+    )
+    return [flag for flag in python("-c", code).stdout.split() if flag not in ("-O3", "-g0")]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """Address- and UndefinedBehaviorSanitizer over random calls; the stated bounds of exp and tanh."""
+    isa = INSTRUCTION_SETS[0]
+    flags = ["-O2", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFASTATTN_CPU_ISA=" + isa]
+    flags += [*compiler_flags(isa), f"-I{ROOT / 'csrc'}", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    sources = ["csrc/cpu/kernels.cpp", "csrc/cpu/threads.cpp", "tests/cpu_kernels/main.cpp"]
+    jobs = []
+    for source in sources:
+        command = ["c++", *flags, "-c", str(ROOT / source), "-o", str(tmp_path / (Path(source).stem + ".o"))]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for job in jobs:
+        assert job.wait() == 0, job.communicate()[1]
+    program = str(tmp_path / "program")
+    objects = map(str, tmp_path.glob("*.o"))
+    linked = subprocess.run(["c++", *objects, "-fsanitize=address,undefined", "-pthread", "-o", program], text=True)
+    assert linked.returncode == 0
+    # The pool's threads sleep until the process ends, with their scratch memory.
+    done = subprocess.run(
+        [program], env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("clean\n")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    size = st.integers(1, 140)
+    heads_k, shapes = draw(st.integers(1, 2)), st.sampled_from([None, (0, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 0)])
+    return Case(
+        "drawn",
+        batch=draw(st.integers(1, 2)),
+        heads_q=heads_k * draw(st.integers(1, 3)),
+        heads_k=heads_k,
+        seqlen_q=draw(size),
+        seqlen_k=draw(st.integers(1, 330)),
+        head_dim_qk=draw(size),
+        head_dim_v=draw(size),
+        causal=draw(st.booleans()),
+        window=draw(st.sampled_from([None, (5, 3), (70, None), (0, 100)])),
+        offset=draw(st.sampled_from([None, 0, 40, -30])),
+        mask=draw(shapes),
+        bias=draw(shapes),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.2])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        alibi=draw(st.sampled_from(["", "", "batch"])),
+        sinks=draw(st.booleans()),
+        segments=draw(st.sampled_from(["", "", "batch"])),
+        layout=draw(st.sampled_from(["bhsd", "bshd", "strided", "sliced", "transposed"])),
+        blind_rows=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_whatever_is_drawn(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.make(dtype)
+    actual, naive, oracle = inputs.run(fastattn.attention, backend="cpu"), inputs.naive(), inputs.oracle()
+    for name, value in actual.items():
+        assert_close_to_oracle(value, naive[name], oracle[name], f"{case} {dtype} {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal_long", "bias_rows", "bias_scalar", "splits", "mask_keys"])
+def test_the_same_bits_whatever_the_threads(name: str, dtype: torch.dtype) -> None:
+    inputs = next(case for case in CASES if case.name == name).make(dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(inputs.run(fastattn.attention, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(other[key], value), key
