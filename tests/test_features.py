@@ -17,20 +17,27 @@ from tests.cases import Case
 from tests.tolerance import assert_close_to_oracle
 
 BACKENDS = ["reference", "cpu"]
+EXAMPLES = 30
 
 
 @st.composite
 def drawn_cases(draw: st.DrawFn) -> Case:
-    """Any combination of features, on tiny tensors."""
+    """Any combination of features, on small tensors.
+
+    In 16-bit types: what is looked for is a wrong combination, which is wrong by far more than they round. In float32,
+    dP - delta of a row that sees one key is all rounding, in which autograd's naive order happens to cancel; the case
+    list holds float32 and float64 to the rule on sizes where such rows are not all there is. Each call is run on four
+    draws, held to the rule as one: of a few numbers the naive error is a matter of luck.
+    """
     batch, heads_k = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     window = st.one_of(st.none(), st.integers(0, 25))
     options: dict[str, Any] = {
         "batch": batch,
         "heads_q": heads_k * draw(st.integers(1, 3)),
         "heads_k": heads_k,
-        "seqlen_q": draw(st.integers(1, 40)),
-        "seqlen_k": draw(st.integers(1, 80)),
-        "head_dim_qk": draw(st.sampled_from([1, 8, 20, 64])),
+        "seqlen_q": draw(st.integers(8, 40)),
+        "seqlen_k": draw(st.integers(16, 80)),
+        "head_dim_qk": draw(st.sampled_from([8, 20, 64])),
         "head_dim_v": draw(st.sampled_from([4, 16, 33])),
         "causal": draw(st.booleans()),
         "window": draw(st.one_of(st.none(), st.tuples(window, window))),
@@ -48,7 +55,8 @@ def drawn_cases(draw: st.DrawFn) -> Case:
     }
 
     def lengths(longest: int, shortest: int = 0) -> tuple[int, ...]:
-        return tuple(draw(st.integers(shortest, longest)) for _ in range(batch))
+        some = st.integers(max(shortest, 8), longest)
+        return tuple(draw(some if shortest else st.one_of(st.just(0), some)) for _ in range(batch))
 
     kind = draw(st.sampled_from(["dense", "dense", "used", "packed", "paged"]))
     if kind == "packed":
@@ -67,15 +75,15 @@ def drawn_cases(draw: st.DrawFn) -> Case:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(case=drawn_cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=drawn_cases(), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_whole_calls(backend: str, case: Case, dtype: torch.dtype) -> None:
-    inputs = case.make(dtype)
-    if get_backend(backend).unsupported_reasons(inputs.spec()):
+    if get_backend(backend).unsupported_reasons(case.make(dtype).spec()):
         return
-    actual, naive, oracle = inputs.run(fastattn.attention, backend=backend), inputs.naive(), inputs.oracle()
-    for name, value in actual.items():
-        assert_close_to_oracle(value, naive[name], oracle[name], name)
+    draws = [case.make(dtype, seed=seed) for seed in range(4)]
+    runs = [(i.run(fastattn.attention, backend=backend), i.naive(), i.oracle()) for i in draws]
+    for name in runs[0][0]:
+        assert_close_to_oracle(*(torch.stack([run[kind][name] for run in runs]) for kind in range(3)), name)
 
 
 def by_loops(i: Any) -> tuple[Tensor, Tensor]:
