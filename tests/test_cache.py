@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
 from fastattn.compat import flash_attn as fa
@@ -39,7 +40,7 @@ def test_decoding_equals_the_whole(paged: bool, backend: str) -> None:
         start += n
     torch.testing.assert_close(torch.cat(outs, dim=2), whole, rtol=1e-10, atol=1e-12)
     assert cache.lengths.tolist() == [12, 12]
-    with pytest.raises(ValueError, match="12 used, 1 new|0 are free|pages, 1 are free|free"):
+    with pytest.raises(ValueError, match="12 used, 17 new"):
         cache.attend(*(x[:, :, :1].repeat(1, 1, 17, 1) for x in (q, k, v)))
     if paged:
         cache.free(1)
@@ -143,7 +144,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: paged(block_table=TABLE[:1]), ValueError, r"block_table must have shape \(batch, pages\) = \(2, pages\)"),
     (lambda: paged(cache_seqlens=USED + 2), ValueError, r"seqused_k\[1\] is 9: must be from 0 to 8"),
     (lambda: paged(cache_seqlens=None), ValueError, "cache_seqlens is needed"),
-    (lambda: cached(key=NEW), ValueError, "appended together"),
+    (lambda: cached(key=NEW, cache_seqlens=1), ValueError, "appended together"),
     (lambda: cached(key=NEW, value=NEW), ValueError, "cache_seqlens is needed"),
     (lambda: cached(key=NEW, value=NEW[..., :7], cache_seqlens=1), ValueError, "value must be .*like its cache"),
     (lambda: cached(key=NEW, value=NEW, cache_seqlens=8), ValueError, "room for 10 keys: 8 used, 3 new"),
@@ -198,7 +199,7 @@ def test_compiled_varlen_with_changing_lengths() -> None:
         return fastattn.attention_varlen(x, x, x, cu, None, longest, causal=True, softcap=2.0).tanh()
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter, first = CompileCounterWithBackend("aot_eager"), 0
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for lengths in ((5, 9), (17, 3), (30, 11), (8, 40)):
         cu = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -209,7 +210,8 @@ def test_compiled_varlen_with_changing_lengths() -> None:
             grads.append([out, *torch.autograd.grad(out.sum(), x)])
         for eager, traced in zip(*grads, strict=True):
             torch.testing.assert_close(eager, traced)
-    assert counter.frame_count == 1  # lengths are data: nothing is compiled again for them
+        first = first or counter.frame_count
+    assert counter.frame_count == first  # lengths are data: nothing is compiled again for them
 
 
 def test_compiled_cache_with_changing_lengths() -> None:
@@ -217,7 +219,7 @@ def test_compiled_cache_with_changing_lengths() -> None:
         return fastattn.attention_with_kv_cache(q, cache, cache, k, k, cache_seqlens=lengths, causal=True)
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter, first = CompileCounterWithBackend("aot_eager"), 0
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     caches = [CACHE.clone(), CACHE.clone()]
     for n in (0, 3, 6):
@@ -225,12 +227,13 @@ def test_compiled_cache_with_changing_lengths() -> None:
         eager, traced = (f(Q, NEW, c, lengths) for f, c in zip((step, compiled), caches, strict=True))
         torch.testing.assert_close(eager, traced)
         assert torch.equal(*caches)
-    assert counter.frame_count == 1
+        first = first or counter.frame_count
+    assert counter.frame_count == first
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gemma2"])
 def test_transformers(kind: str) -> None:
-    """A tiny random model: fastattn against transformers' own eager attention, padded batch, sinks, windows, softcap."""
+    """A tiny random model: fastattn against transformers' own eager attention, padding, sinks, windows, softcap."""
     transformers = pytest.importorskip("transformers", minversion="5")
     from fastattn.compat.transformers import register
 
