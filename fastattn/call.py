@@ -63,9 +63,6 @@ class Ragged(NamedTuple):
     num_splits: int = 0
 
 
-NO_SHAPING = Shaping()
-
-
 def shaping(
     softcap: float | None,
     alibi_slopes: Tensor | None,
@@ -408,8 +405,10 @@ def prepare_ragged(
         relative, offset = False, seqlen_k - seqlen_q
     seed = _seed_for(dropout_p, dropout_seed, q)
     call = _scalars(q, k, v, bias, window, offset or 0, softmax_scale, dropout_p, backend)
-    softcap, slopes, sinks, *rows = shape_tensors(shaped or NO_SHAPING, q, seqlen_k, seqlen_q, (batch,))
-    others = [mask, seed, slopes, *rows, *ragged[:5]]
+    softcap, sinks, others = 0.0, None, [mask, seed, *(None,) * 4, *ragged[:5]]
+    if shaped is not None:
+        softcap, slopes, sinks, *rows = shape_tensors(shaped, q, seqlen_k, seqlen_q, (batch,))
+        others[2:6] = slopes, *rows
     lengths = (seqlen_q, seqlen_k) if packed else (0, seqlen_k if paged else 0)
     return Arguments(q, k, v, bias, sinks, others, (*call, softcap, relative, *lengths, ragged.num_splits))
 

@@ -12,9 +12,9 @@ from fastattn.spec import SUPPORTED_DTYPES, dtype_names
 
 def check_softcap(softcap: float) -> None:
     """Raise unless the softcap is a finite number, 0 (none) or more."""
-    if isinstance(softcap, (Tensor, bool)) or not isinstance(softcap, (int, float)):
+    if isinstance(softcap, (Tensor, bool)) or not isinstance(softcap, (int, float, torch.SymFloat)):
         raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (none) or a positive finite number, got {softcap}")
 
 
@@ -34,7 +34,7 @@ def check_slopes(slopes: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
         raise TypeError(f"alibi_slopes must be of dtype {dtype_names(SUPPORTED_DTYPES[:3])}, got {slopes.dtype}")
     if tuple(slopes.shape) not in (expected[-1:], expected):
         raise ValueError(
-            f"alibi_slopes must have shape (heads_q,) = {expected[-1:]} or (batch, heads_q) = {expected}, "
+            f"alibi_slopes must have shape (heads_q,) = {expected[-1:]} or (batch, heads_q) = {tuple(expected)}, "
             f"got {tuple(slopes.shape)}"
         )
     if slopes.requires_grad and torch.is_grad_enabled():
@@ -67,7 +67,7 @@ def check_integers(name: str, x: Tensor, q: Tensor, expected: tuple[int, ...]) -
         have in (1, want) for have, want in zip(reversed(x.shape), reversed(expected), strict=False)
     )
     if not fits or (x.dim() > 1 and x.shape[-1] != expected[-1]):
-        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def check_cu_seqlens(name: str, x: Tensor, q: Tensor, batch: int | None) -> None:
