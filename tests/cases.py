@@ -123,7 +123,7 @@ class Case:
             shape = (self.batch, self.heads_q)[self.alibi == "heads" :]
             slopes = place(draw(*shape).abs() / 10, torch.float32)
         if self.sinks:
-            sinks = place(draw(self.heads_q), torch.float64 if dtype is torch.float64 else torch.float32)
+            sinks = place(draw(self.heads_q))
         if self.segments:
             rows = 1 if self.segments == "shared" else self.batch
             of_q, of_k = (
@@ -182,7 +182,7 @@ class Inputs:
             k=self.k.to(dtype),
             v=self.v.to(dtype),
             bias=cast(self.bias),
-            sinks=None if self.sinks is None else self.sinks.to(lse_dtype),
+            sinks=None if self.sinks is None else self.sinks.to(dtype),
             grad_out=self.grad_out.to(dtype),
             grad_lse=grad_lse,
         )
