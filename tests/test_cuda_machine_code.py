@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels: registers, spills, and the instructions that make them fast. No GPU takes part."""
+"""What nvcc made of the CUDA kernels: registers, spills, and the instructions that make them fast. No GPU needed."""
 
 from __future__ import annotations
 
