@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +17,7 @@ import pybind11
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # -O1: the kernels' loops are unrolled by their pragmas for nvcc only; more optimisation costs more than it saves.
-FLAGS = f"-O1 -std=c++17 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -I{HERE} -I{ROOT / 'csrc'}"
+FLAGS = f"-O1 -std=c++17 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -I{HERE} -I{{csrc}}"
 BINDINGS = (
     f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} "
     r"-DFASTATTN_WITH_CUDA -DFASTATTN_CUDA_ARCHS=\"80\""
@@ -42,27 +43,29 @@ def _setup() -> Any:
     return module
 
 
-def sources() -> dict[str, tuple[str, str]]:
-    """Object name -> (source, flags)."""
+def sources(csrc: Path = ROOT / "csrc", keep: str = "") -> dict[str, tuple[str, str]]:
+    """Object name -> (source, flags); of the kernels only those whose object's name matches ``keep``."""
     found = {
         "module.o": (f"{HERE}/module.cpp", ""),
         **{f"probes-{path.stem}.o": (str(path), "") for path in sorted((HERE / "probes").glob("*.cu"))},
         **{f"emulator-{path.stem}.o": (str(path), "-O2") for path in sorted((HERE / "emulator").glob("*.cpp"))},
-        "bindings.o": (f"{ROOT}/csrc/bindings.cpp", BINDINGS),
+        "bindings.o": (f"{csrc}/bindings.cpp", BINDINGS),
     }
     for source in _setup().cuda_sources():
-        defines = " ".join(f"-D{name}={value}" for name, value in source.defines.items())
-        found[source.object] = (f"{ROOT}/{source.path}", " ".join([defines, *source.flags]))
+        if source.path.endswith("attention.cu") or re.search(keep, source.object):
+            defines = " ".join(f"-D{name}={value}" for name, value in source.defines.items())
+            path = f"{csrc}/{source.path.removeprefix('csrc/')}"
+            found[source.object] = (path, " ".join([defines, *source.flags]))
     return found
 
 
-def load() -> ModuleType:
-    """Builds what has changed, with ninja, and imports it."""
-    folder = ROOT / "build" / f"cuda-emulation-{sys.implementation.cache_tag}"
+def build(folder: Path, csrc: Path = ROOT / "csrc", keep: str = "", more_flags: str = "") -> Path:
+    """Compiles what has changed into ``folder/_C.so``; RuntimeError where something does not compile."""
     folder.mkdir(parents=True, exist_ok=True)
-    objects = sources()
+    objects = sources(csrc, keep)
+    flags = f"{FLAGS.format(csrc=csrc)} {more_flags}"
     lines = [RULES]
-    lines += [f"build {name}: cxx {source}\n  flags = {FLAGS} {extra}" for name, (source, extra) in objects.items()]
+    lines += [f"build {name}: cxx {source}\n  flags = {flags} {extra}" for name, (source, extra) in objects.items()]
     lines += [f"build _C.so: link {' '.join(objects)}"]
     text = "\n".join(lines) + "\n"
     ninja_file = folder / "build.ninja"
@@ -71,7 +74,13 @@ def load() -> ModuleType:
     done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the CUDA emulation does not compile:\n{done.stdout}{done.stderr}")
-    spec = importlib.util.spec_from_file_location("_C", folder / "_C.so")
+    return folder / "_C.so"
+
+
+def load(path: Path | None = None) -> ModuleType:
+    """Imports a built module; without a path, that of this tree, built first."""
+    path = path or build(ROOT / "build" / f"cuda-emulation-{sys.implementation.cache_tag}")
+    spec = importlib.util.spec_from_file_location("_C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
