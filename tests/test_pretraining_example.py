@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import torch
 for library in ("tokenizers", "safetensors", "matplotlib"):
     pytest.importorskip(library, reason="pip install 'fastattn[examples]'")
 
+from examples.common import logs
 from examples.common.errors import UserError
 from examples.common.tokenizer import BOS, CLS, EOS, SEP, Tokenizer
 from examples.grammar import things
 from examples.pretraining import __main__ as command
 from examples.pretraining import data, finetune, program
 
+ROOT = Path(__file__).parents[1]
 TINY = (
     "--documents 60 --vocab-size 400 --d-model 32 --heads 2 --layers 1 --feedforward 32 --steps 6 --max-tokens 600 "
     "--warmup 2 --validate-every 3 --checkpoint-every 2 --report-every 1 --sizes 6 12 --seeds 2 --tuning-steps 3"
@@ -42,6 +47,21 @@ def test_whole_path_and_resume(objective: str, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(UserError, match="not empty"):
         run(*words)
     assert run(*words, "--resume") == results  # the pre-trained model is there: only fine-tuned again
+
+
+def test_two_processes_train_like_one_that_accumulates(tmp_path: Path) -> None:
+    words = (*TINY, "--objective", "causal", "--dropout", 0, "--sizes", 6)
+    alone = run(*words, "--out", tmp_path / "alone", "--accumulate", 2)
+    command_line = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "examples.pretraining", *words, "--out", tmp_path / "two", "--device", "cpu",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(list(map(str, command_line)), cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    curves = [[float(r["loss"]) for r in logs.read(tmp_path / name / "log.csv")] for name in ("alone", "two")]
+    assert len(curves[0]) == 6 and curves[1] == pytest.approx(curves[0], rel=1e-5)
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert {arm: len(v["6"]) for arm, v in results.items()} == dict.fromkeys(alone, 2)
 
 
 def test_losses_fall_and_text_files_are_read(tmp_path: Path) -> None:
