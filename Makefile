@@ -1,4 +1,4 @@
-# make test | bench | lint        in a virtual environment of its own (.venv), made on the first call
+# make test | bench | lint | demo in a virtual environment of its own (.venv), made on the first call
 # make gpu                        on a machine where torch already sees a GPU: build, test, bench with that torch
 #
 # PYTHON=python3.12               the interpreter that the environment is made from
@@ -15,7 +15,7 @@ PIP_FLAGS ?=
 VENV_FLAGS ?=
 PYTEST_FLAGS ?= -q
 comma := ,
-EXTRAS := bench,test$(if $(filter installed,$(TORCH)),,$(comma)dev$(comma)triton)
+EXTRAS := bench,examples,test$(if $(filter installed,$(TORCH)),,$(comma)dev$(comma)triton)
 
 BIN := $(VENV)/bin
 # What is compiled or resolved anew when it changes; Python sources are not, the installation is editable.
@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type 
 # Another interpreter or another torch is another environment: the stamp's name tells them apart.
 STAMP := $(VENV)/installed-$(notdir $(PYTHON))-torch$(or $(TORCH),pinned)
 
-.PHONY: test bench lint gpu clean
+.PHONY: test bench lint demo gpu clean
 .DELETE_ON_ERROR:
 
 test: $(STAMP)
@@ -37,6 +37,16 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# Trains a small English-German model on the CPU and translates: a few sentences, then what is typed (or piped in).
+DEMO := -m examples.translation
+demo: $(STAMP)
+	test -e runs/demo/model/score.json && test -e runs/demo/done || { \
+	  $(BIN)/python $(DEMO) train --preset demo --device cpu --resume --out runs/demo && touch runs/demo/done; }
+	$(BIN)/python $(DEMO) evaluate --out runs/demo
+	$(BIN)/python $(DEMO) translate --out runs/demo "three hundred and forty-five" \
+	  "The train leaves at eighteen thirty-five." "She was born on the seventh of March nineteen seventy-one."
+	$(BIN)/python $(DEMO) translate --out runs/demo
 
 # torch is the one that PYTHON has, with its own Triton; a second copy is never downloaded.
 gpu:

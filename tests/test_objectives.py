@@ -100,7 +100,7 @@ def test_masking_edges() -> None:
     assert torch.equal(inputs, tokens) and (labels == ft.IGNORED).all()
     _, labels = ft.mask_tokens(tokens, vocab_size=5, mask_id=MASK, special_ids=[PAD], probability=1.0)
     assert labels.tolist() == [[3, 4, ft.IGNORED]]
-    with pytest.raises(ValueError, match="1.5"):
+    with pytest.raises(ValueError, match=r"1\.5"):
         ft.mask_tokens(tokens, vocab_size=5, mask_id=MASK, probability=1.5)
     with pytest.raises(ValueError, match="all 2 tokens are special"):
         ft.mask_tokens(tokens, vocab_size=2, mask_id=1, special_ids=[0])

@@ -126,7 +126,7 @@ def test_bad_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ft.EncoderModel.from_pretrained(tmp_path)
     other = ft.EncoderModel(config(d_model=32))
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.raises(ValueError, match="no weight of .* fits this EncoderModel"):
+    with pytest.raises(ValueError, match=r"no weight of .* fits this EncoderModel"):
         other.load_pretrained(tmp_path)
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
     with pytest.raises(ValueError, match="is a function"):

@@ -20,7 +20,9 @@ def require(module: str) -> Any:
         name = module.split(".")[0]
         if (error.name or "").split(".")[0] != name:
             raise
-        raise UserError(f"{name} is not installed; install what the examples need: pip install 'fastattn[examples]'") from None
+        raise UserError(
+            f"{name} is not installed; install what the examples need: pip install 'fastattn[examples]'"
+        ) from None
 
 
 def run(main: Callable[[], None]) -> None:

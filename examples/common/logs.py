@@ -33,7 +33,7 @@ class Log:
             self.board = writer(str(folder / "tensorboard"), purge_step=step + 1)
         if "csv" in kinds:
             kept = [row for row in read(self.path) if int(row["step"]) <= step] if step else []
-            self.file = open(self.path, "w", newline="")
+            self.file = open(self.path, "w", newline="")  # noqa: SIM115  closed by close()
             self.rows = csv.DictWriter(self.file, FIELDS)
             self.rows.writeheader()
             self.rows.writerows(kept)
@@ -80,9 +80,9 @@ class Progress:
             self.bar.start()
             self.task = self.bar.add_task("training", total=total, completed=done)
 
-    def advance(self) -> None:
+    def advance(self, steps: int = 1) -> None:
         if self.bar:
-            self.bar.advance(self.task)
+            self.bar.advance(self.task, steps)
 
     def say(self, message: str) -> None:
         if self.bar:

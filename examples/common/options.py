@@ -35,7 +35,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--accumulate", type=int, help="batches per step")
     group.add_argument("--learning-rate", type=float, help="the highest, reached after --warmup steps")
     group.add_argument("--warmup", type=int, help="steps; then the inverse square root")
-    group.add_argument("--cooldown", type=int, help="last steps, in which the rate falls to 0 as well")
+    group.add_argument("--cooldown", type=float, help="last part of the steps, in which the rate falls to 0")
     group.add_argument("--clip", type=float, help="largest norm of the gradient; 0: any")
     group.add_argument("--precision", choices=tuple(PRECISIONS))
     group.add_argument("--seed", type=int)

@@ -34,7 +34,7 @@ class Options:
         accumulate: batches per step and process, whose gradients are added up.
         learning_rate: the highest, reached after ``warmup`` steps and then falling as the inverse square root of the
             step (arXiv 1706.03762, 5.3).
-        cooldown: over the last so many steps it falls linearly to 0 on top of that.
+        cooldown: over this last part of the steps, a fraction, it falls linearly to 0 on top of that.
         clip: the gradient's norm is cut to it; 0 leaves it.
         precision: float32, or bfloat16: autocast with float32 weights.
         seed: of dropout and of the order of the batches.
@@ -47,7 +47,7 @@ class Options:
     accumulate: int = 1
     learning_rate: float = 1e-3
     warmup: int = 400
-    cooldown: int = 0
+    cooldown: float = 0.0
     clip: float = 1.0
     precision: str = "float32"
     seed: int = 0
@@ -60,6 +60,8 @@ class Options:
         for name in ("steps", "max_tokens", "accumulate", "warmup", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.cooldown <= 1:
+            raise UserError(f"--cooldown is a fraction of the steps, in [0, 1], got {self.cooldown}")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
@@ -67,8 +69,8 @@ class Options:
 def learning_rate_at(step: int, options: Options) -> float:
     """``peak · min(step / warmup, sqrt(warmup / step))``, times the cooldown; steps count from 1."""
     rate = options.learning_rate * min(step / options.warmup, (options.warmup / step) ** 0.5)
-    left = options.steps - step + 1
-    return rate * min(1.0, left / options.cooldown) if options.cooldown else rate
+    last = options.cooldown * options.steps
+    return rate * min(1.0, (options.steps - step + 1) / last) if last else rate
 
 
 class Trainer:
@@ -180,7 +182,8 @@ class Trainer:
         scale = processes.world_size() / max(count_sum, 1.0)
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
         for p in parameters:
-            p.grad.mul_(scale)
+            if p.grad is not None:
+                p.grad.mul_(scale)
         norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or float("inf"), error_if_nonfinite=True))
         self.step += 1
         for group in self.optimiser.param_groups:

@@ -22,8 +22,8 @@ KINDS: dict[str, list[str]] = {
         "omelette porridge biscuit noodle dumpling salad sandwich waffle pudding tomato cucumber pumpkin mushroom"
     ).split(),
     "tool": (
-        "hammer saw drill axe chisel wrench screwdriver shovel rake hoe spade crowbar trowel ladder brush knife needle "
-        "anvil clamp mallet pickaxe sickle scythe lathe pliers tongs jack pulley winch sander"
+        "hammer chainsaw drill axe chisel wrench screwdriver shovel rake hoe spade crowbar trowel ladder brush knife "
+        "needle anvil clamp mallet pickaxe sickle scythe lathe pliers tongs jack pulley winch sander"
     ).split(),
     "garment": (
         "shirt coat hat scarf glove sock shoe boot dress skirt jacket sweater belt tie cap blouse vest cloak apron "
@@ -46,7 +46,8 @@ TELLING: dict[str, list[str]] = {
         "The {} hides from the hunter.", "Somebody strokes the {} gently.",
     ],
     "food": [
-        "We eat the {} for dinner.", "The {} tastes sweet.", "She cooks the {} in the kitchen.", "A fresh {} smells good.",
+        "We eat the {} for dinner.", "The {} tastes sweet.", "She cooks the {} in the kitchen.",
+        "A fresh {} smells good.",
         "He cut the {} and put it on his plate.", "The {} needs more salt.", "The {} is too hot to swallow.",
         "The guests liked the {} and asked for the recipe.",
     ],

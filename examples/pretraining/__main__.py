@@ -1,7 +1,7 @@
 """python -m examples.pretraining: pre-train on plain text, fine-tune on few labels, compare with training from scratch.
 
-    python -m examples.pretraining                       masked tokens and next sentences, on generated text
-    python -m examples.pretraining --objective causal    the next token instead
+python -m examples.pretraining                       masked tokens and next sentences, on generated text
+python -m examples.pretraining --objective causal    the next token instead
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     group = main.add_argument_group("fine-tuning")
     group.add_argument("--sizes", type=int, nargs="+", default=[24, 96, 384], help="of the labelled sets")
     group.add_argument("--seeds", type=int, default=5)
-    group.add_argument("--tuning-steps", type=int, default=120)
+    group.add_argument("--tuning-steps", type=int, default=200)
     options.add_device(main)
     options.add_model(main)
     options.add_training(main)

@@ -25,9 +25,9 @@ ARMS = ("pre-trained", "from scratch")
 class Recipe:
     """How every classifier is trained, pre-trained or not; the learning rate is the better one for each of the two."""
 
-    steps: int = 120
+    steps: int = 200
     batch: int = 32
-    rates: tuple[float, ...] = (3e-4, 1e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3)
     warmup: int = 20
 
 

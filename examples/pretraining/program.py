@@ -31,7 +31,7 @@ from fastattn.transformer import (
 PRESET: dict[str, Any] = {
     "documents": 6000, "vocab_size": 1024, "max_length": 64,
     "d_model": 96, "heads": 4, "layers": 2, "feedforward": 256, "dropout": 0.1, "activation": "gelu", "norm": "pre",
-    "steps": 1200, "max_tokens": 3072, "learning_rate": 2e-3, "warmup": 100, "cooldown": 400,
+    "steps": 1200, "max_tokens": 3072, "learning_rate": 2e-3, "warmup": 100, "cooldown": 0.33,
     "validate_every": 300, "checkpoint_every": 300, "report_every": 50,
 }  # fmt: skip
 
@@ -125,8 +125,11 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> tuple[Tokenizer,
         num_encoder_layers=sizes["layers"], num_decoder_layers=sizes["layers"], dim_feedforward=sizes["feedforward"],
         dropout=sizes["dropout"], activation=sizes["activation"], norm_first=sizes["norm"] == "pre",
     )  # fmt: skip
-    model = _kind(args)(config, device)
-    objective = (MaskedObjective if args.objective == "mlm" else CausalObjective)(model)
+    objective: MaskedObjective | CausalObjective
+    if args.objective == "mlm":
+        objective = MaskedObjective(PretrainingModel(config, device))
+    else:
+        objective = CausalObjective(CausalLM(config, device))
     trainer = Trainer(
         objective,
         lambda batch: data.collate([train[i] for i in batch], device),
@@ -137,7 +140,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> tuple[Tokenizer,
     )
     trainer.run(args.resume)
     if processes.rank() == 0:
-        model.save_pretrained(folder)
+        objective.model.save_pretrained(folder)
         (folder / "done.json").write_text(json.dumps({"objective": args.objective, "steps": trainer.step}) + "\n")
         if (args.out / "log.csv").exists():
             logs.plot(args.out / "log.csv", args.out / "curves.png", "")

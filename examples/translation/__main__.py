@@ -1,8 +1,8 @@
 """python -m examples.translation prepare | train | evaluate | translate: an encoder-decoder, from text to translation.
 
-    python -m examples.translation train --data numbers
-    python -m examples.translation evaluate
-    python -m examples.translation translate "three hundred and forty-five"
+python -m examples.translation train --data numbers
+python -m examples.translation evaluate
+python -m examples.translation translate "three hundred and forty-five"
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def files_source(src: Path, tgt: Path, held_out: int, seed: int = 0) -> dict[str
     pairs = list(dict.fromkeys(p for p in pairs if all(p)))
     if len(pairs) < 2 * held_out + 1:
         raise UserError(
-            f"{src} and {tgt} hold {len(pairs)} different pairs, but --held-out {held_out} takes {2 * held_out} of them "
-            f"for validation and test and at least one must remain for training"
+            f"{src} and {tgt} hold {len(pairs)} different pairs, but --held-out {held_out} takes {2 * held_out} of "
+            f"them for validation and test and at least one must remain for training"
         )
     random.Random(seed).shuffle(pairs)
     return {
@@ -113,7 +113,8 @@ def prepare(source: dict[str, Iterable[Text]], folder: Path, vocab_size: int, ma
         pairs, left_out = iter(source[split]), 0
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as lines:
             while chunk := list(islice(pairs, CHUNK)):
-                encoded = zip(tokenizer.encode([a for a, _ in chunk]), tokenizer.encode([b for _, b in chunk]))
+                sources, targets = (tokenizer.encode(side) for side in zip(*chunk, strict=True))
+                encoded = zip(sources, targets, strict=True)
                 for pair, ids in zip(chunk, encoded, strict=True):
                     if split != "test" and max(map(len, ids)) > max_length:
                         left_out += 1

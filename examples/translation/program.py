@@ -15,8 +15,8 @@ from examples.common import logs, processes
 from examples.common.batching import BatchPlan
 from examples.common.errors import UserError, require
 from examples.common.options import given, training_options
-from examples.common.training import Trainer
 from examples.common.tokenizer import PAD
+from examples.common.training import Trainer
 from examples.translation import data, model
 from examples.translation.presets import PRESETS
 from fastattn.transformer import Seq2SeqTransformer, TransformerConfig
@@ -160,7 +160,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     progress = logs.Progress(len(texts), 0)
     with processes.attention(args.attention):
         try:
-            hypotheses = translator([a for a, _ in texts], lambda n: [progress.advance() for _ in range(n)])
+            hypotheses = translator([a for a, _ in texts], progress.advance)
         finally:
             progress.close()
     result = score([b for _, b in texts], hypotheses)

@@ -57,7 +57,7 @@ class EncoderModel(PretrainedModel):
 
 
 class Pooler(nn.Module):
-    """One vector per sequence, ``tanh(W h + b)`` of one position's state ``h`` (arXiv 1810.04805): ``(batch, d_model)``.
+    """One vector per sequence, ``tanh(W h + b)`` of one position's state ``h`` (arXiv 1810.04805).
 
     The position is the first token that is not padding or, ``last=True``, the last: in a causal model only that one
     has seen the whole sequence.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def next_sentence_pairs(
     pairs: list[tuple[Sequence[int], Sequence[int], bool]] = []
     for place, i in enumerate(filled):
         document = documents[i]
-        for first, second in zip(document, document[1:], strict=False):
+        for first, second in pairwise(document):
             if rng.random() < 0.5:
                 pairs.append((first, second, True))
                 continue

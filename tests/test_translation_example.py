@@ -1,0 +1,336 @@
+"""python -m examples.translation: data in, the same curve after a kill, in two processes and on every backend."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from devices import device_of
+from tolerance import assert_close_to_oracle
+
+for library in ("tokenizers", "safetensors", "sacrebleu", "datasets", "matplotlib", "tensorboard"):
+    pytest.importorskip(library, reason="pip install 'fastattn[examples]'")
+
+from examples.common import checkpoint, processes
+from examples.common.batching import BatchPlan, pad
+from examples.common.errors import UserError, require
+from examples.common.tokenizer import Tokenizer
+from examples.common.training import Options, Trainer, learning_rate_at
+from examples.translation import __main__ as command
+from examples.translation import data, model, program
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--d-model 32 --heads 2 --layers 1 --feedforward 32 --max-tokens 400 --validate-every 6 --checkpoint-every 3 "
+    "--report-every 1 --warmup 2 --steps 8 --learning-rate 0.02 --cooldown 0"
+).split()
+CPU = torch.device("cpu")
+
+
+def run(*words: Any) -> Any:
+    """The command, in this process."""
+    args = command.parser().parse_args([str(w) for w in words])
+    return getattr(program, args.command)(args)
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    with open(out / "log.csv", newline="") as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared")
+    run("prepare", "--out", out, "--train-pairs", 500, "--held-out", 20, "--vocab-size", 320)
+    return out
+
+
+@pytest.fixture
+def out(prepared: Path, tmp_path: Path) -> Path:
+    shutil.copytree(prepared, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def unbroken(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, with dropout: what a broken one must repeat."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    shutil.copytree(prepared, out)
+    run("train", "--out", out, *TINY, "--dropout", 0.2, "--log", "csv", "--log", "tensorboard")
+    return out
+
+
+# The whole path
+
+
+def test_train_evaluate_translate(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {p.name for p in unbroken.iterdir()} >= {"data", "model", "checkpoint.pt", "log.csv", "curves.png"}
+    assert list((unbroken / "tensorboard").iterdir())
+    curve = [loss for _, loss in losses(unbroken)]
+    assert len(curve) == 8 and curve[-1] < curve[0] - 0.5
+    result = run("evaluate", "--out", unbroken, "--limit", 6, "--beams", 2)
+    rows = (unbroken / "test.translations.tsv").read_text().splitlines()
+    assert len(rows) == 6 and all(row.count("\t") == 2 for row in rows)
+    hypotheses, references = [r.split("\t")[2] for r in rows], [r.split("\t")[1] for r in rows]
+    assert result == program.score(references, hypotheses)
+    capsys.readouterr()
+    run("translate", "--out", unbroken, "three hundred and forty-five", "--n-best", 2, "--beams", 3)
+    best = capsys.readouterr().out.splitlines()
+    assert len(best) == 2 and best[1].startswith("\t")
+
+
+def test_score_is_sacrebleu_s() -> None:
+    result = program.score(["eine Million eins", "der dritte"], ["eine Million eins", "der vierte"])
+    assert result["exact"] == 50 and "tok:13a" in result["signature"]
+    assert program.score(["a b c d e"], ["a b c d e"])["bleu"] == pytest.approx(100)
+
+
+# The same curve
+
+
+def test_resume_after_a_kill_gives_the_same_curve(out: Path, unbroken: Path) -> None:
+    words = [
+        sys.executable, "-m", "examples.translation", "train", "--out", out, *TINY, "--dropout", "0.2", "--log", "csv"
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(list(map(str, words)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (out / "checkpoint.pt").exists() or len(losses(out)) < 4:  # dies after step 3's checkpoint
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = checkpoint.load(checkpoint.find(out))
+    assert state["step"] in (3, 6)
+    run("train", "--out", out, *TINY, "--dropout", 0.2, "--log", "csv", "--resume")
+    threads = torch.get_num_threads()
+    expected = losses(unbroken)
+    if threads == 1:  # the same arithmetic in the process that was killed
+        assert losses(out) == expected
+    else:
+        assert [s for s, _ in losses(out)] == [s for s, _ in expected]
+        assert [v for _, v in losses(out)] == pytest.approx([v for _, v in expected], rel=1e-4)
+
+
+def test_stopped_and_resumed_is_bit_for_bit_unbroken(out: Path, unbroken: Path) -> None:
+    words = ("train", "--out", out, *TINY, "--dropout", 0.2, "--log", "csv")
+    run(*words, "--stop-at", 5)  # beyond the checkpoint of step 3: two rows are to be forgotten
+    with pytest.raises(UserError, match="--resume goes on with it"):
+        run(*words)
+    assert run(*words, "--resume") == [loss for _, loss in losses(unbroken)][3:]
+    assert losses(out) == losses(unbroken)
+    one, two = (checkpoint.load(folder / "checkpoint.pt") for folder in (out, unbroken))
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in two["model"])
+
+
+def test_two_processes_train_like_one_that_accumulates(out: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(out, alone)
+    expected = run("train", "--out", alone, *TINY, "--dropout", 0, "--steps", 4, "--accumulate", 4)
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "examples.translation", "train", "--out", out, *TINY, "--dropout", "0", "--steps", "4",
+        "--accumulate", "2", "--device", "cpu",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    found = [loss for _, loss in losses(out)]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(checkpoint.load(out / "checkpoint.pt")["random"]) == 2
+    with pytest.raises(UserError, match="of 2 processes, not 1"):
+        run("train", "--out", out, *TINY, "--dropout", 0, "--steps", 5, "--accumulate", 2, "--resume")
+
+
+@pytest.mark.parametrize("attention", ["auto", "cpu", "triton", "cuda"])
+def test_every_backend_trains_the_same(attention: str, prepared: Path, tmp_path: Path) -> None:
+    """Five steps with dropout: no further from float64 than the naive attention is."""
+    device = device_of(attention) if attention != "auto" else "cpu"
+    if device is None:
+        pytest.skip(f"{attention} cannot run here")
+    corpus = data.Corpus(prepared / "data")
+    pairs = corpus.pairs("train")
+    sizes = {
+        "d_model": 32, "heads": 1, "layers": 1, "feedforward": 32, "dropout": 0.1, "activation": "relu", "norm": "pre"
+    }  # fmt: skip
+
+    def train(name: str, dtype: torch.dtype) -> torch.Tensor:
+        torch.manual_seed(0)
+        place = torch.device(device)
+        objective = model.Objective(program.new_model(sizes, corpus.meta, place).to(dtype), 0.1)
+        plan = BatchPlan(pairs.lengths(), 40, seed=0)  # a pair each: Triton's interpreter is slow
+        options = Options(steps=5, warmup=2, logs=(), checkpoint_every=99)
+        trainer = Trainer(objective, lambda b: model.collate([pairs[i] for i in b], place), plan, options, tmp_path)
+        with processes.attention(name):
+            return torch.tensor(trainer.run(), dtype=torch.float64)
+
+    oracle, naive = train("naive", torch.float64), train("naive", torch.float32)
+    actual = train(attention, torch.float32)
+    assert oracle.unique().numel() == 5
+    assert_close_to_oracle(actual.float(), naive.float(), oracle, "loss")
+
+
+def test_bfloat16_follows_float32(out: Path, unbroken: Path) -> None:
+    found = run("train", "--out", out, *TINY, "--dropout", 0.2, "--precision", "bfloat16")
+    assert found == pytest.approx([loss for _, loss in losses(unbroken)], rel=2e-2)
+    assert found != [loss for _, loss in losses(unbroken)]
+
+
+# Batches and rates
+
+
+def test_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [tuple(row) for row in torch.randint(1, 40, (500, 2), generator=generator).tolist()]
+    plan = BatchPlan(lengths, 300, seed=1, pool=200)
+    first = plan.epoch(0)
+    assert sorted(i for batch in first for i in batch) == list(range(500))
+    sizes = [sum(max(lengths[i][side] for i in batch) for side in (0, 1)) * len(batch) for batch in first]
+    assert max(sizes) <= 300 and sum(sizes) < 1.35 * sum(map(sum, lengths))  # little of it is padding
+    assert plan.epoch(0) == first and plan.epoch(1) != first
+    assert BatchPlan([(500, 1), (1, 1)], 300, seed=1).epoch(0).count([0]) == 1
+    for start in (0, 3, len(first) + 2):
+        stream = plan.batches(start)
+        everything = [(e, b) for e in range(3) for b in plan.epoch(e)]
+        assert [next(stream) for _ in range(5)] == everything[start : start + 5]
+    assert pad([[1], [2, 3]], 0).tolist() == [[1, 0], [2, 3]]
+
+
+def test_learning_rate() -> None:
+    options = Options(steps=1000, learning_rate=2.0, warmup=100)
+    for step, rate in ((1, 0.02), (50, 1.0), (100, 2.0), (400, 1.0), (900, 2 / 3)):
+        assert learning_rate_at(step, options) == pytest.approx(rate)
+    cooled = Options(steps=1000, learning_rate=2.0, warmup=100, cooldown=0.2)
+    assert learning_rate_at(900, cooled) == pytest.approx(2 / 3 * 101 / 200) and learning_rate_at(1001, cooled) == 0
+
+
+# Data
+
+
+def test_files(tmp_path: Path) -> None:
+    src, tgt = tmp_path / "a.en", tmp_path / "a.de"
+    src.write_text("".join(f"line {i}\n" for i in range(40)) + "\nline 0\n")
+    tgt.write_text("".join(f"Zeile {i}\n" for i in range(40)) + "leer\nZeile 0\n")
+    run("prepare", "--out", tmp_path, "--data", "files", "--src", src, "--tgt", tgt, "--held-out", 4,
+        "--vocab-size", 300, "--max-length", 30)  # fmt: skip
+    corpus = data.Corpus(tmp_path / "data")
+    assert corpus.meta["pairs"] == {"train": 32, "validation": 4, "test": 4}
+    texts = corpus.texts("validation") + corpus.texts("test")
+    for pair in corpus.pairs("train"):
+        texts.append(tuple(corpus.tokenizer.decode([row.tolist() for row in pair])))
+    assert sorted(texts) == sorted((f"line {i}", f"Zeile {i}") for i in range(40))
+
+
+def test_wmt14(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local copy with the layout of the real one: parquet files in ``de-en``, a card that lists them."""
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    copy = tmp_path / "wmt14"
+    (copy / "de-en").mkdir(parents=True)
+    for split, n in (("train", 30), ("validation", 5), ("test", 6)):
+        rows = [{"translation": {"de": f"{split} Satz {i}", "en": f"{split} sentence {i}"}} for i in range(n)]
+        rows[1]["translation"]["de"] = " "
+        pandas.DataFrame(rows).to_parquet(copy / "de-en" / f"{split}-00000-of-00001.parquet")
+    files = "".join(f"  - split: {s}\n    path: de-en/{s}-*\n" for s in ("train", "validation", "test"))
+    (copy / "README.md").write_text(f"---\nconfigs:\n- config_name: de-en\n  data_files:\n{files}---\n")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    run("prepare", "--out", tmp_path / "run", "--data", "wmt14", "--wmt14", copy, "--limit", 12, "--vocab-size", 300)
+    corpus = data.Corpus(tmp_path / "run" / "data")
+    assert corpus.meta["pairs"] == {"train": 11, "validation": 4, "test": 5}
+    assert corpus.texts("test")[1] == ("test sentence 2", "test Satz 2")
+    with pytest.raises(UserError, match="could not load"):
+        run("prepare", "--out", tmp_path / "other", "--data", "wmt14", "--wmt14", tmp_path / "nowhere")
+
+
+def test_tokenizer_round_trip() -> None:
+    texts = ["dreihundertfünfundvierzig", "eine Million!", "naïve 東京 🙂", "  two  spaces"]
+    tokenizer = Tokenizer.train(texts, 300)
+    assert tokenizer.decode(tokenizer.encode(texts)) == [t.strip() for t in texts]
+    assert max(i for row in tokenizer.encode(texts) for i in row) < len(tokenizer)
+
+
+# Bad input
+
+
+def lines(path: Path, n: int) -> Path:
+    path.write_text("".join(f"{path.suffix} {i}\n" for i in range(n)))
+    return path
+
+
+BAD_DATA = {
+    "line counts": (lambda d: (lines(d / "a.en", 9), lines(d / "a.de", 8)), "9 and 8 lines"),
+    "empty": (lambda d: (lines(d / "a.en", 0), lines(d / "a.de", 0)), "a.en is empty"),
+    "too few": (lambda d: (lines(d / "a.en", 5), lines(d / "a.de", 5)), "hold 5 different pairs"),
+    "missing": (lambda d: (d / "a.en", lines(d / "a.de", 5)), "a.en cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_files(name: str, tmp_path: Path) -> None:
+    make, message = BAD_DATA[name]
+    src, tgt = make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run("prepare", "--out", tmp_path / "run", "--data", "files", "--src", src, "--tgt", tgt, "--held-out", 3)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_corrupt_checkpoint_is_told_and_nothing_is_lost(damage: str, out: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, out, dirs_exist_ok=True)
+    path = out / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 3] ^= 0xFF
+    path.write_bytes(content)
+    left = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    words = ("train", "--out", out, *TINY, "--dropout", 0.2, "--log", "csv", "--resume")
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged.*checkpoint\.previous\.pt"):
+        run(*words)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == left
+    path.unlink()  # as the message advises
+    assert run(*words) == [loss for _, loss in losses(unbroken)][6:]
+
+
+def test_bad_use(unbroken: Path, tmp_path: Path) -> None:
+    long = "three hundred " * 400
+    for words, message in (
+        (("translate", "--out", unbroken, "one", long), "sentence 2 has .* tokens, the model accepts"),
+        (("translate", "--out", unbroken, " "), "sentence 1 is empty"),
+        (("translate", "--out", unbroken, "one", "--n-best", 9), "--n-best 9"),
+        (("translate", "--out", tmp_path / "none", "one"), "run train first"),
+        (("evaluate", "--out", tmp_path / "none"), "run prepare first"),
+        (("train", "--out", tmp_path / "none", "--data", "files"), "--src FILE"),
+        (("prepare", "--out", tmp_path / "none", "--vocab-size", 60_000), "50,000"),
+        (("prepare", "--out", tmp_path / "none", "--vocab-size", 10), "262"),
+        (("train", "--out", unbroken, "--steps", 0), "--steps must be at least 1"),
+        (("train", "--out", unbroken, *TINY, "--seed", 9, "--resume"), "trained with seed = 0, not 9"),
+        (("train", "--out", unbroken, *TINY, "--d-model", 16, "--resume"), "model of other sizes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*words)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--attention cuda cannot run here"):
+            run("train", "--out", tmp_path / "none", "--attention", "cuda")
+
+
+def test_missing_library_and_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(UserError, match=r"sacrebleu is not installed.*pip install 'fastattn\[examples\]'"):
+        require("sacrebleu")
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.translation", "evaluate", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not json.dumps(done.stdout).count("Traceback")
