@@ -5,6 +5,7 @@
 //     dkdv: one block per 64 keys;     dV = dropout(P)^T dO,  dK = softmax_scale dS^T Q, over the group's query heads
 //     dq:   one block per 64 queries;  dQ = softmax_scale dS K
 #include "cuda/launch.h"
+#include "cuda/ptx/opaque.h"
 #include "cuda/simt/gradient.h"
 #include "cuda/simt/kernels.h"
 
@@ -45,15 +46,15 @@ dkdv_kernel(FASTATTN_CONSTANT AttentionParams p) {
     clear(dv);
     const Range queries = visible_queries(p, j0, min64(j0 + kBlock, p.seqlen_k), kBlock);
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
-        const auto q = head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk);
-        const auto grad_out = head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v);
         for (int64_t i0 = queries.begin; i0 < queries.end; i0 += kBlock) {
+            // Pointers to the head are computed again for each tile: kept, they cost registers that spill at 256.
+            const int64_t entry = opaque(static_cast<uint32_t>(b));
             Recomputed tile;
-            if (!recompute<T>(tile, p, b, h, i0, j0)) continue;
+            if (!recompute<T>(tile, p, entry, h, i0, j0)) continue;
             store_exchange<false>(tile.p);
-            accumulate(dv, grad_out.from(i0, 0));
+            accumulate(dv, head_matrix<const T>(p.grad_out, entry, h, p.seqlen_q, p.head_dim_v).from(i0, 0));
             store_exchange<false>(tile.ds);
-            accumulate(dk, q.from(i0, 0));
+            accumulate(dk, head_matrix<const T>(p.q, entry, h, p.seqlen_q, p.head_dim_qk).from(i0, 0));
         }
     }
     const float scale = static_cast<float>(p.softmax_scale);
