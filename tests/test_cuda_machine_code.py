@@ -38,7 +38,7 @@ class Row:
 
 TENSOR_CORES = ("HMMA", "LDSM")
 ROWS = (
-    Row(r"cuda-attention", "80", 0),  # host code
+    Row(r"cuda-(attention|sm90-dispatch)", "80", 0),  # host code
     Row(r"cuda-simt-.*", "80", 255),
     Row(r"cuda-sm80-prepare-.*", "80", 128),
     # Tensors in any strides, masks, dropout: loads element by element.
@@ -129,7 +129,10 @@ def test_the_log_is_understood() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.pattern)
 def test_registers_and_spills(row: Row) -> None:
     for path in built(row):
-        for kernel, arch, registers, spilled in usage(log_of(path).read_text()):
+        log = log_of(path).read_text()
+        # "wgmma serialised" and "setmaxnreg ignored" are advisories of ptxas by number.
+        assert not re.search(r"C75(08|10|15)", log), f"{path.name}: {log}"
+        for kernel, arch, registers, spilled in usage(log):
             assert spilled == 0, f"{path.name}: {kernel} spills {spilled} bytes on sm_{arch}"
             assert registers <= row.max_registers, f"{path.name}: {kernel} uses {registers} registers on sm_{arch}"
 
