@@ -15,8 +15,8 @@ pytest.importorskip("ninja")
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
+from tests.cuda_emulation import mutate, record
 from tests.cuda_emulation import probe as probing
-from tests.cuda_emulation import record
 from tests.cuda_emulation.backend import Emulator, emulated_backend
 from tests.cuda_emulation.probe import Probe
 
@@ -149,3 +149,23 @@ def test_bank_conflicts_are_counted(emulator: Emulator) -> None:
     # Four matrices of 8 rows in one bank each; 32 words 8 apart: 4 banks of 8 words, in each of the 4 warps.
     assert counts[1].ldmatrix_conflicts == 4 * 7
     assert counts[1].shared_conflicts == 4 * 7
+
+
+def test_mutants_change_one_place() -> None:
+    """A barrier dropped, a count or a bound shifted; comments and templates left alone."""
+    lines = "// barrier();|template <int N>|void f() {|    cp_async_wait<1>();|    barrier();|    if (i < n) g();|}"
+    text = lines.replace("|", "\n")
+    found = {(m.line, m.after) for m in mutate.mutants("f.h", text)}
+    assert found == {
+        (4, "(void)0;"),
+        (4, "cp_async_wait<2>();"),
+        (5, "(void)0;"),
+        (6, "if (i <= n) g();"),
+    }
+    for mutant in mutate.mutants("f.h", text):
+        assert sum(a != b for a, b in zip(text.splitlines(), mutant.text.splitlines(), strict=True)) == 1
+
+
+def test_survivors_have_reasons() -> None:
+    survivors = mutate.known_survivors()
+    assert survivors and all(survivors.values())

@@ -38,7 +38,7 @@ class Row:
 
 TENSOR_CORES = ("HMMA", "LDSM")
 ROWS = (
-    Row(r"cuda-attention", "80", 0),  # host code
+    Row(r"cuda-(attention|sm90-dispatch)", "80", 0),  # host code
     Row(r"cuda-simt-.*", "80", 255),
     Row(r"cuda-sm80-prepare-.*", "80", 128),
     # Tensors in any strides, masks, dropout: loads element by element.

@@ -4,7 +4,7 @@ runs small cases under emulation. A mutant that nothing notices is a survivor.
     python -m tests.cuda_emulation.mutate csrc/cuda/simt/tile.h --dtype float32 --objects 'simt-.*-float-64'
 
 Survivors that are known, with the reason, are in ``survivors.txt``; others make the command fail. ``--objects`` are
-those that are built (a regular expression); ``--sample`` takes every n-th mutant.
+those that are built (a regular expression); ``--sample`` takes every n-th mutant, ``--synchronisation`` the first kind.
 """
 
 from __future__ import annotations
@@ -79,11 +79,15 @@ class Mutant:
         return f"{self.path}: {self.before} => {self.after}"
 
 
-def mutants(path: str, text: str) -> Iterator[Mutant]:
+#: How many of them are about synchronisation.
+SYNCHRONISATION_CHANGES = 6
+
+
+def mutants(path: str, text: str, changes: tuple[tuple[str, str], ...] = CHANGES) -> Iterator[Mutant]:
     code = re.sub(
         r"//[^\n]*|^\s*#[^\n]*|^\s*(?:template|static_assert)[^\n]*", lambda m: " " * len(m[0]), text, flags=re.M
     )
-    for pattern, replacement in CHANGES:
+    for pattern, replacement in changes:
         for found in re.finditer(pattern, code):
             changed = text[: found.start()] + replacement + text[found.end() :]
             line = text.count("\n", 0, found.start())
@@ -163,6 +167,7 @@ def main() -> None:
     parser.add_argument("--objects", default="", help="regular expression: the kernels' objects that the cases need")
     parser.add_argument("--cases", nargs="*", default=CASE_NAMES.split())
     parser.add_argument("--sample", type=int, default=1, metavar="N")
+    parser.add_argument("--synchronisation", action="store_true", help="only drop and weaken synchronisation")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -177,7 +182,8 @@ def main() -> None:
         todo = []
         for source in options.sources:
             path = str(Path(source).resolve().relative_to(ROOT / "csrc"))
-            todo += list(mutants(path, (ROOT / "csrc" / path).read_text()))
+            changes = CHANGES[:SYNCHRONISATION_CHANGES] if options.synchronisation else CHANGES
+            todo += list(mutants(path, (ROOT / "csrc" / path).read_text(), changes))
         for number, mutant in enumerate(todo[:: options.sample]):
             file = csrc / mutant.path
             original = file.read_text()
