@@ -162,6 +162,9 @@ def test_mutants_change_one_place() -> None:
         (5, "(void)0;"),
         (6, "if (i <= n) g();"),
     }
+    # One survivor must not excuse another on a line of the same text.
+    keys = [m.key for m in mutate.mutants("f.h", text + text)]
+    assert len(keys) == len(set(keys)) == 8
     for mutant in mutate.mutants("f.h", text):
         assert sum(a != b for a, b in zip(text.splitlines(), mutant.text.splitlines(), strict=True)) == 1
 

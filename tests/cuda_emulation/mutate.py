@@ -73,10 +73,11 @@ class Mutant:
     before: str
     after: str
     text: str  # of the whole file
+    occurrence: int  # of this change of such a line in the file, from 1 on
 
     @property
     def key(self) -> str:
-        return f"{self.path}: {self.before} => {self.after}"
+        return f"{self.path}: {self.before} => {self.after} #{self.occurrence}"
 
 
 #: How many of them are about synchronisation.
@@ -87,12 +88,14 @@ def mutants(path: str, text: str, changes: tuple[tuple[str, str], ...] = CHANGES
     code = re.sub(
         r"//[^\n]*|^\s*#[^\n]*|^\s*(?:template|static_assert)[^\n]*", lambda m: " " * len(m[0]), text, flags=re.M
     )
+    seen = Counter[tuple[str, str]]()
     for pattern, replacement in changes:
         for found in re.finditer(pattern, code):
             changed = text[: found.start()] + replacement + text[found.end() :]
             line = text.count("\n", 0, found.start())
             before, after = (" ".join(x.split("\n")[line].split()) for x in (text, changed))
-            yield Mutant(path, line + 1, before, after, changed)
+            seen[before, after] += 1
+            yield Mutant(path, line + 1, before, after, changed, seen[before, after])
 
 
 def known_survivors() -> dict[str, str]:
