@@ -204,9 +204,10 @@ def test_every_backend_generates_the_same(backend: str) -> None:
     device = device_of(backend)
     if device is None:
         pytest.skip(f"{backend} cannot run here")
-    model: nn.Module = seq2seq().float().to(device)
+    interpreted = backend == "triton" and device == "cpu"  # slow
+    model: nn.Module = seq2seq(num_encoder_layers=1, num_decoder_layers=1, nhead=1).float().to(device)
     src = pad([tokens(1, 3), tokens(1, 6)], "right").to(device)
-    kwargs = {"src": src, "max_new_tokens": 4, "prompt": tokens(2, 1).to(device)}
+    kwargs = {"src": src, "max_new_tokens": 2 if interpreted else 8, "prompt": tokens(2, 1).to(device)}
 
     def everything() -> list[Tensor]:
         return [
