@@ -105,12 +105,19 @@ private:
             for (int64_t i = first; i < last; ++i) {
                 read_row(out.at(i), out.dim, p_.head_dim_v, out_row);
                 read_row(dout.at(i), dout.dim, p_.head_dim_v, dout_row);
+                // dP is summed in C. Without fused multiply-adds its rounding is the larger part of dP - delta where
+                // that should be 0, and delta in the same type and order cancels it.
+#if defined(__FMA__) || defined(__aarch64__)
                 double delta = 0;
+#else
+                C delta = 0;
+#endif
                 for (int64_t d = 0; d < p_.head_dim_v; ++d) {
-                    delta += static_cast<double>(out_row[d]) * static_cast<double>(dout_row[d]);
+                    delta += static_cast<decltype(delta)>(out_row[d]) * static_cast<decltype(delta)>(dout_row[d]);
                 }
-                if (p_.grad_lse.data != nullptr)
-                    delta -= static_cast<double>(*at<C>(p_.grad_lse, e.batch_q, h, e.row_q + i));
+                if (p_.grad_lse.data != nullptr) {
+                    delta -= static_cast<decltype(delta)>(*at<C>(p_.grad_lse, e.batch_q, h, e.row_q + i));
+                }
                 head.delta[static_cast<size_t>(i)] = static_cast<C>(delta);
                 const double lse = static_cast<double>(*at<C>(p_.lse, e.batch_q, h, e.row_q + i));
                 head.lse[static_cast<size_t>(i)] = lse == -kInfinity<double> ? kInfinity<C> : static_cast<C>(lse);
