@@ -97,7 +97,7 @@ def cases(draw: st.DrawFn) -> Case:
         heads_q=heads_k * draw(st.integers(1, 3)),
         heads_k=heads_k,
         seqlen_q=draw(size),
-        seqlen_k=draw(st.integers(1, 330)),
+        seqlen_k=draw(st.integers(32, 330)),  # rows that see few keys: see test_whatever_is_drawn
         head_dim_qk=draw(size),
         head_dim_v=draw(size),
         causal=draw(st.booleans()),
