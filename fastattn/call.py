@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn import checks, dispatch, ops
 from fastattn.backends.base import Backend, Tensors
 from fastattn.spec import (
+    UNBOUNDED,
     AttentionSpec,
     Window,
     check_bias,
@@ -21,7 +22,7 @@ from fastattn.spec import (
     check_tensors,
     check_window,
 )
-from fastattn.validate import check_integers, check_sinks, check_slopes, check_softcap
+from fastattn.validate import check_flag, check_integers, check_offset, check_sinks, check_slopes, check_softcap
 
 
 class Arguments(NamedTuple):
@@ -73,7 +74,7 @@ def shaping(
 ) -> Shaping | None:
     """None when none of them is asked for, which costs a plain call nothing."""
     if (
-        not softcap
+        (softcap is None or (softcap == 0 and not isinstance(softcap, (bool, Tensor))))
         and alibi_slopes is None
         and sinks is None
         and q_segments is None
@@ -81,7 +82,7 @@ def shaping(
         and prefix_lens is None
     ):
         return None
-    return Shaping(softcap or 0.0, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
+    return Shaping(0.0 if softcap is None else softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
 
 
 def draw_dropout_seed(device: torch.device) -> Tensor:
@@ -91,11 +92,10 @@ def draw_dropout_seed(device: torch.device) -> Tensor:
 
 def combine_window(causal: bool, window: Window | None) -> Window:
     """``causal`` and ``window`` as one pair."""
+    check_flag("causal", causal)
     check_window(window)
-    left, right = window or (None, None)
-    if causal:
-        right = 0
-    return left, right
+    left, right = (side if side is None or side < UNBOUNDED else None for side in window or (None, None))
+    return left, 0 if causal else right
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -245,12 +245,11 @@ def _check_seed(seed: Tensor, q: Tensor) -> None:
 
 
 def _seed_for(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
+    if seed is not None:
+        _check_seed(seed, q)
     if dropout_p == 0:
         return None
-    if seed is None:
-        return draw_dropout_seed(q.device)
-    _check_seed(seed, q)
-    return seed
+    return draw_dropout_seed(q.device) if seed is None else seed
 
 
 def shape_tensors(s: Shaping, q: Tensor, seqlen_k: int, seqlen_q: int, batch: tuple[int, ...]) -> Shaping:
@@ -298,8 +297,7 @@ def prepare(
     """Validate and normalise a call on ``(..., heads, seq, head_dim)`` tensors; also the batch shape to give back."""
     check_scale(softmax_scale)
     check_dropout(dropout_p)
-    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
-        raise TypeError(f"offset must be None or an int, got {offset!r}")
+    check_offset(offset)
     if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_autocast(x) for x in (query, key, value))
     signature = () if torch.compiler.is_compiling() else _signature(query, key, value, mask, bias, gqa_hint)
@@ -349,6 +347,8 @@ def _scalars(
     backend: str | None,
 ) -> ops.Call:
     grad = torch.is_grad_enabled()
+    if backend is not None and not isinstance(backend, str):
+        dispatch.get_backend(backend)  # raises, where a list would be no key of a dict
     return (
         q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale),
         window[0],
@@ -395,8 +395,7 @@ def prepare_ragged(
         bias = _fold_mask(bias, (batch,))
     if checks.enabled():
         check_values(q, k, ragged, seqlen_q, seqlen_k, shaped)
-    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
-        raise TypeError(f"offset must be None or an int, got {offset!r}")
+    check_offset(offset)
     grad = (q, k, v, bias, shaped.sinks if shaped else None)
     if paged and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grad):
         raise ValueError("attention to paged keys (block_table) has no gradient: call it under torch.no_grad()")

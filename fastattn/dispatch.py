@@ -30,17 +30,22 @@ ORDER = {
 
 _chosen: ContextVar[str] = ContextVar("fastattn_backend", default="")
 _chosen_when_tracing = ""  # torch.compile cannot read a ContextVar; it reads this, and guards on it
+_open_blocks: list[list[str]] = []  # of `use_backend`, in all threads; a list is told from others by identity
 
 
-@cache
 def get_backend(name: str) -> Backend:
     """The backend of that name, made (and its kernels' module imported) when first asked for.
 
     Raises:
         ValueError: no backend has that name.
     """
-    if name not in _CLASSES:
+    if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(f"backend must be one of {', '.join(_CLASSES)}, got {name!r}")
+    return _make(name)
+
+
+@cache
+def _make(name: str) -> Backend:
     module, cls = _CLASSES[name]
     backend: Backend = getattr(importlib.import_module(module), cls)()
     return backend
@@ -86,16 +91,19 @@ def use_backend(name: str | None) -> Iterator[None]:
         ValueError: no backend has that name.
         RuntimeError: (from a call inside the block) the backend cannot run that call; the message says why.
     """
-    if name:
+    if name is not None:
         get_backend(name)
     global _chosen_when_tracing
-    token, before = _chosen.set(name or ""), _chosen_when_tracing
-    _chosen_when_tracing = name or ""
+    block = [name or ""]
+    token = _chosen.set(block[0])
+    _open_blocks.append(block)
+    _chosen_when_tracing = block[0]
     try:
         yield
     finally:
         _chosen.reset(token)
-        _chosen_when_tracing = before
+        _open_blocks[:] = [other for other in _open_blocks if other is not block]  # threads end in any order
+        _chosen_when_tracing = _open_blocks[-1][0] if _open_blocks else ""
 
 
 def chosen_backend() -> str:

@@ -10,11 +10,13 @@ from fastattn import dispatch, ops
 from fastattn.call import combine_window, plain_key, prepare, remember, run_repeated, shaping, unfold
 from fastattn.nested import attention_nested
 from fastattn.spec import Window
+from fastattn.validate import check_flag
 
 
-def _is_default(dropout_p: float, scale: float | None) -> bool:
-    """No dropout, and a scale whose kind needs no check; its value has been checked if there was such a call before."""
-    return type(dropout_p) is float and dropout_p == 0 and (scale is None or type(scale) is float)
+def _is_default(dropout_p: float, scale: float | None, flag: bool) -> bool:
+    """No dropout, and kinds that need no check; the scale's value has been checked if there was such a call before."""
+    kinds = type(dropout_p) is float and (scale is None or type(scale) is float) and type(flag) is bool
+    return kinds and dropout_p == 0
 
 
 def attention(
@@ -117,8 +119,8 @@ def attention(
         )
     shaped = shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
     plain: tuple[Any, ...] = ()
-    if mask is bias is window is offset is shaped is backend is None and _is_default(dropout_p, softmax_scale):
-        plain = plain_key(query, key, value, "attention", bool(causal), softmax_scale)
+    if mask is bias is window is offset is shaped is backend is None and _is_default(dropout_p, softmax_scale, causal):
+        plain = plain_key(query, key, value, "attention", causal, softmax_scale)
         if (result := run_repeated(plain, query, key, value)) is not None:
             return result if return_lse else result[0]
     arguments, batch = prepare(
@@ -176,10 +178,12 @@ def scaled_dot_product_attention(
             differ without ``enable_gqa``.
     """
     plain: tuple[Any, ...] = ()
-    if attn_mask is None and _is_default(dropout_p, scale):
-        plain = plain_key(query, key, value, "sdpa", bool(is_causal), scale, bool(enable_gqa))
+    if attn_mask is None and _is_default(dropout_p, scale, is_causal):
+        plain = plain_key(query, key, value, "sdpa", is_causal, scale, enable_gqa)
         if (result := run_repeated(plain, query, key, value)) is not None:
             return result[0]
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other; give one of them")
     mask = bias = None
@@ -189,10 +193,8 @@ def scaled_dot_product_attention(
         mask = attn_mask
     hint = None if enable_gqa else "pass enable_gqa=True to share key heads among query heads"
     if getattr(query, "is_nested", False) or getattr(key, "is_nested", False):
-        if hint and query.shape[1] != key.shape[1]:
-            raise ValueError(f"query and key have different numbers of heads; {hint}")
         options = {"causal": is_causal, "offset": 0, "softmax_scale": scale, "dropout_p": dropout_p}
-        return attention_nested(query, key, value, mask=mask, bias=bias, **options)
+        return attention_nested(query, key, value, gqa_hint=hint, mask=mask, bias=bias, **options)
     window: Window = (None, 0) if is_causal else (None, None)
     arguments, batch = prepare(
         query, key, value, mask, bias, window, 0, scale, dropout_p, None, None, gqa_hint=hint, mask_name="attn_mask"

@@ -9,23 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.spec import Window
+from fastattn.spec import SUPPORTED_DTYPES, Window, dtype_names
 
 
-def _check_mask(name: str, mask: Tensor, device: torch.device) -> None:
+def _check_mask(name: str, mask: Tensor, q: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be boolean (True = masked out) or floating (added), got {mask.dtype}")
-    if mask.device != device:
-        raise ValueError(f"{name} must be on the query's device {device}, got {mask.device}")
+    if mask.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {mask.layout}")
+    if mask.is_floating_point() and q.dtype is not torch.float64 and mask.dtype not in SUPPORTED_DTYPES[:3]:
+        raise TypeError(
+            f"{name} must be boolean or of dtype {dtype_names(SUPPORTED_DTYPES[:3])} when the inputs are "
+            f"{dtype_names((q.dtype,))}, got {dtype_names((mask.dtype,))}"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"{name} must be on the query's device {q.device}, got {mask.device}")
 
 
-def expand_padding_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+def expand_padding_mask(mask: Tensor | None, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
     """``key_padding_mask (N, S)`` as ``(N, 1, 1, S)``."""
     if mask is None:
         return None
-    _check_mask("key_padding_mask", mask, device)
+    _check_mask("key_padding_mask", mask, q)
     batch, _, _, seqlen_k = shape
     if mask.shape != (batch, seqlen_k):
         raise ValueError(
@@ -35,11 +42,11 @@ def expand_padding_mask(mask: Tensor | None, shape: tuple[int, ...], device: tor
     return mask[:, None, None, :]
 
 
-def expand_attn_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+def expand_attn_mask(mask: Tensor | None, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
     """``attn_mask`` in any of its forms as a 4-D view that broadcasts to ``shape``."""
     if mask is None:
         return None
-    _check_mask("attn_mask", mask, device)
+    _check_mask("attn_mask", mask, q)
     batch, heads, seqlen_q, seqlen_k = shape
     if mask.shape == (seqlen_q, seqlen_k):
         return mask[None, None]

@@ -61,6 +61,8 @@ def attend_to_cache(
     window: Window | None,
 ) -> Tensor:
     """Append the projected keys and values to the cache, and attend to all that it holds."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be a fastattn.KVCache or fastattn.PagedKVCache, got {type(cache).__name__}")
     if not unmasked or query.dim() != 3 or mha.bias_k is not None or mha.add_zero_attn:
         raise ValueError(
             "a cache needs batched inputs and need_weights=False, and excludes masks, add_bias_kv and add_zero_attn"

@@ -18,6 +18,7 @@ from fastattn.masks import expand_attn_mask, expand_padding_mask, hidden_by_wind
 from fastattn.module_inputs import attend_nested, attend_to_cache
 from fastattn.nested import is_nested
 from fastattn.spec import Window, check_window
+from fastattn.validate import check_flag
 from fastattn.weights import attention_weights
 
 
@@ -93,6 +94,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_constructor(embed_dim, num_heads, num_kv_heads, dropout, kdim, vdim)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be None or a floating-point torch.dtype, got {dtype}")
         # Not nn.MultiheadAttention's: it knows no num_kv_heads.
         nn.Module.__init__(self)
         self.embed_dim = embed_dim
@@ -191,6 +194,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             NotImplementedError: an input is a NestedTensor in strided layout.
         """
         check_window(window)
+        check_flag("is_causal", is_causal)
         unmasked = key_padding_mask is None and attn_mask is None and not need_weights
         if is_nested(query, key, value):
             return attend_nested(self, query, key, value, unmasked, is_causal, window), None
@@ -206,8 +210,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         batch, _, seqlen_q, _ = q.shape
         shape = (batch, self.num_heads, seqlen_q, k.shape[2])
         masks = [
-            expand_padding_mask(key_padding_mask, shape, q.device),
-            expand_attn_mask(attn_mask, shape, q.device),
+            expand_padding_mask(key_padding_mask, shape, q),
+            expand_attn_mask(attn_mask, shape, q),
         ]
         causal = is_causal and attn_mask is None
         k, v, appended = self._append_keys(k, v)
@@ -301,6 +305,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         for name, x, dim in inputs:
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            if x.layout is not torch.strided:
+                raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(
                     "query, key and value must all be 3-D (batched) or all 2-D (unbatched); got shapes "
@@ -315,6 +321,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
             raise TypeError(
                 f"query, key and value must have the parameters' dtype {weight.dtype} outside autocast; got "
                 f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+            )
+        if not query.device == key.device == value.device == weight.device:
+            raise ValueError(
+                f"query, key and value must be on the parameters' device {weight.device}; got query {query.device}, "
+                f"key {key.device}, value {value.device}"
             )
         batch = 0 if self.batch_first else 1
         if key.shape[:-1] != value.shape[:-1] or (query.dim() == 3 and query.shape[batch] != key.shape[batch]):
@@ -368,9 +379,12 @@ def adopt(module: nn.MultiheadAttention) -> MultiHeadAttention:
 def _check_constructor(
     embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float, kdim: int | None, vdim: int | None
 ) -> None:
-    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "kdim": kdim, "vdim": vdim}
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    sizes |= {name: size for name, size in (("kdim", kdim), ("vdim", vdim)) if size is not None}
     for name, size in sizes.items():
-        if size is not None and size <= 0:
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        if size <= 0:
             raise ValueError(f"{name} must be greater than 0, got {size}")
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim}, num_heads={num_heads}")
@@ -378,5 +392,7 @@ def _check_constructor(
         raise ValueError(
             f"num_heads must be divisible by num_kv_heads, got num_heads={num_heads}, num_kv_heads={num_kv_heads}"
         )
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout must be a float, got {dropout!r}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")

@@ -26,7 +26,7 @@ def _jagged(name: str, x: Any, ragged_dim: int) -> Any:
     return x.contiguous() if x.lengths() is not None else x
 
 
-def attention_nested(query: Any, key: Any, value: Any, **options: Any) -> Any:
+def attention_nested(query: Any, key: Any, value: Any, gqa_hint: str | None = None, **options: Any) -> Any:
     """:func:`fastattn.attention` of jagged ``(batch, heads, seq*, head_dim)``; an output like the query.
 
     Such a tensor is ``torch.nested.nested_tensor(..., layout=torch.jagged)`` of ``(batch, seq*, heads, head_dim)``,
@@ -34,9 +34,13 @@ def attention_nested(query: Any, key: Any, value: Any, **options: Any) -> Any:
     """
     named = (("query", query), ("key", key), ("value", value))
     for name, x in named:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got {x.dim()} dimensions")
     q, k, v = (_jagged(name, x, 2).transpose(1, 2) for name, x in named)
+    if gqa_hint and query.shape[1] != key.shape[1]:
+        raise ValueError(f"query and key have different numbers of heads; {gqa_hint}")
     of_q, of_k = q.offsets().to(torch.int32), k.offsets().to(torch.int32)
     if k.offsets() is not v.offsets() and not torch.equal(k.offsets(), v.offsets()):
         raise ValueError("key and value must have the same sequence lengths")

@@ -7,12 +7,16 @@ has validated and normalised them.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from fastattn import dispatch
 from fastattn.backends.base import Backend, Tensors, empty_like_layout, empty_lse
@@ -184,7 +188,23 @@ def sinks_gradient(grad_out: Tensor, grad_lse: Tensor | None, sinks: Tensor, out
     return -(p * delta).sum((0, 2))
 
 
-class _Attention(torch.autograd.Function):
+_nothing = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _differentiable() -> Iterator[None]:
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _levels_below() -> contextlib.AbstractContextManager[None]:
+    """``Function.forward`` runs with differentiation off; a transform of torch.func further out needs it on."""
+    return _nothing if torch._C._functorch.peek_interpreter_stack() is None else _differentiable()
+
+
+class _Attention(_SingleLevelFunction):
+    """Registered at the operator's autograd key, which torch.func's transforms call once for each of their levels."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -196,7 +216,8 @@ class _Attention(torch.autograd.Function):
         others: Others,
         *call: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd(q, k, v, bias, sinks, others, *call)
+        with _levels_below():
+            out, lse = _below_autograd(q, k, v, bias, sinks, others, *call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *others)
         ctx.call = call
@@ -213,6 +234,7 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if ctx.call[5] or ctx.call[6]:
             plain = not torch.is_grad_enabled() and is_plain((grad_out, grad_lse, q, k, v, bias), others)
+            plain = plain and torch._C._has_storage(grad_out)  # is_grads_batched: none
             run = _backward if plain else _backward_op
             dq, dk, dv, dbias = run(grad_out, grad_lse, q, k, v, bias, sinks, others, out, lse, *ctx.call)
         return (
@@ -225,10 +247,10 @@ class _Attention(torch.autograd.Function):
         )
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _levels_below(), torch._C._AutoDispatchBelowAutograd():
             return _backward_op(*arguments)
 
     @staticmethod
@@ -239,17 +261,41 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
+def _refuse_tangents(*_: Any) -> Any:
+    raise RuntimeError(
+        "fastattn's kernels have no forward-mode derivative (torch.func.jvp, jacfwd, hessian, forward_ad); for one "
+        "call fastattn.reference.attention, or take a reverse-mode derivative (torch.func.vjp, jacrev)"
+    )
+
+
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    """Whether forward-mode differentiation asks for the derivative of a call: a kernel would lose it silently."""
+    flat = (x for item in arguments for x in (item if isinstance(item, (list, tuple)) else (item,)))
+    tensors = (x for x in flat if isinstance(x, Tensor) and x.is_floating_point())
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _apply(function: Any, arguments: Sequence[Any]) -> Any:
+    """Apply an autograd function; inside a transform of torch.func, to the transform's own level alone."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return function.apply(*arguments)
+
+
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v, bias, sinks, *_ = arguments
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    ):
-        return _Attention.apply(*arguments)
-    return _below_autograd(*arguments)
+    if forward_ad._current_level >= 0 and _has_tangent(arguments):
+        _refuse_tangents()
+    if not torch.is_grad_enabled():
+        return _below_autograd(*arguments)
+    grad = q.requires_grad or k.requires_grad or v.requires_grad
+    bias_grad = bias is not None and bias.requires_grad
+    if not (grad or bias_grad or (sinks is not None and sinks.requires_grad)):
+        return _below_autograd(*arguments)
+    if grad > arguments[11] or bias_grad > arguments[12]:  # vmap hides from its function that a gradient is asked for
+        arguments = (*arguments[:11], grad or arguments[11], bias_grad or arguments[12], *arguments[13:])
+    return _apply(_Attention, arguments)
 
 
 def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -260,8 +306,10 @@ def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if forward_ad._current_level >= 0 and _has_tangent(arguments):
+        _refuse_tangents()
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-        return _AttentionBackward.apply(*arguments)
+        return _apply(_AttentionBackward, arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(*arguments)
 
@@ -270,7 +318,9 @@ def _slice(x: Any, dim: Any, n: int) -> Any:
     """Entry ``n`` of what ``torch.func.vmap`` maps over, as it is where ``dim`` is None."""
     if isinstance(x, (list, tuple)):
         return [_slice(item, d, n) for item, d in zip(x, dim, strict=True)]
-    return x if dim is None else x.select(dim, n)
+    if dim is None:
+        return x
+    return x.select(dim, n) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
 
 
 def _vmap(name: str) -> Callable[..., Any]:
@@ -278,8 +328,9 @@ def _vmap(name: str) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         op = getattr(torch.ops.fastattn, name).default
-        results = [op(*_slice(arguments, in_dims, n)) for n in range(info.batch_size)]
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+        results = [op(*_slice(arguments, in_dims, n)) for n in range(max(info.batch_size, 1))]
+        outputs = (torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True))
+        return tuple(outputs), (0,) * len(results[0])
 
     return rule
 
@@ -312,6 +363,8 @@ def is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd.profiler._is_profiler_enabled
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
     )
 
 
@@ -320,6 +373,10 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``fastattn::attention_forward``; eager calls take the shortest path: the dispatcher is half of a small call."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return _forward_op(*arguments)
+    if torch._C._is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record fastattn's operators; use torch.export.export or torch.compile"
+        )
     return _forward_autograd(*arguments)

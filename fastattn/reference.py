@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.spec import Window
+from fastattn.spec import Window, check_bias, check_mask, check_shapes, check_tensors, check_window
 
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -235,9 +235,22 @@ def attention(
 
     Returns:
         ``(batch, heads_q, seq_q, head_dim_v)``, and with ``return_lse`` the log-sum-exp ``(batch, heads_q, seq_q)``.
+
+    Raises:
+        TypeError, ValueError: tensors of the wrong kind, type or shape; dropout without a seed.
     """
+    check_tensors(query, key, value)
+    if not query.dim() == key.dim() == value.dim() == 4:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        raise ValueError(f"query, key and value must be (batch, heads, seq, head_dim); got {shapes}")
+    check_shapes(query, key, value)
+    check_window(window)
     batch, heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
+    if mask is not None:
+        check_mask(mask, query, (batch, heads, seqlen_q, seqlen_k))
+    if bias is not None:
+        check_bias(bias, query, (batch, heads, seqlen_q, seqlen_k))
     left, right = window or (None, None)
     if causal:
         right = 0 if right is None else min(right, 0)

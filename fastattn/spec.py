@@ -6,7 +6,6 @@ on it whether they can run, the tests draw their cases from it, the benchmarks c
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -20,6 +19,7 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What an unbounded side of a window becomes in a kernel: larger than any sequence, small enough to add to.
 UNBOUNDED = 1 << 40
+LARGEST = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def check_scale(scale: float | None) -> None:
         return
     if isinstance(scale, (Tensor, bool)) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"softmax scale must be a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not abs(scale) <= LARGEST:  # NaN and integers that no float holds, too
         raise ValueError(f"softmax scale must be finite, got {scale}")
 
 

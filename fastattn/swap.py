@@ -22,8 +22,9 @@ def swap_attention(model: nn.Module) -> int:
         How many modules were changed; those that are a ``MultiHeadAttention`` already are not counted.
 
     Raises:
-        TypeError: a subclass of ``nn.MultiheadAttention`` defines more than a constructor (quantizable, parametrized,
-            another ``forward``), which the swap would lose. The message names it; nothing has been changed then.
+        TypeError: ``model`` is no module; or a subclass of ``nn.MultiheadAttention`` defines more than a constructor
+            (quantizable, parametrized, another ``forward``), which the swap would lose. The message names it; nothing
+            has been changed then.
 
     Example::
 
@@ -31,6 +32,8 @@ def swap_attention(model: nn.Module) -> int:
         >>> fastattn.swap_attention(model)  # 6 encoder layers, 6 decoder layers with two each
         18
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = [
         (name, module)
         for name, module in model.named_modules()

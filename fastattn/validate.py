@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fastattn.spec import SUPPORTED_DTYPES, dtype_names
+from fastattn.spec import LARGEST, SUPPORTED_DTYPES, UNBOUNDED, dtype_names
+
+
+def check_flag(name: str, x: bool) -> None:
+    """Raise unless ``x`` is True or False: a string or a tensor that is taken for True is a mistake."""
+    if not isinstance(x, (bool, torch.SymBool)):
+        raise TypeError(f"{name} must be True or False, got {type(x).__name__}")
+
+
+def check_offset(offset: int | None) -> None:
+    """Raise unless the diagonal's offset is None or an integer that kernels can add to."""
+    if offset is None:
+        return
+    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"offset must be None or an int, got {offset!r}")
+    if abs(offset) > UNBOUNDED:
+        raise ValueError(f"offset must be from -2**40 to 2**40, got {offset}")
 
 
 def check_softcap(softcap: float) -> None:
     """Raise unless the softcap is a finite number, 0 (none) or more."""
     if isinstance(softcap, (Tensor, bool)) or not isinstance(softcap, (int, float, torch.SymFloat)):
         raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
-    if not 0 <= softcap < math.inf:
+    if not 0 <= softcap <= LARGEST:
         raise ValueError(f"softcap must be 0 (none) or a positive finite number, got {softcap}")
 
 

@@ -49,6 +49,18 @@ def _block(a: Arguments, lse: Tensor, rows: slice, heads: slice = slice(None)) -
         return reference.weights_from_lse(s, lse.reshape(t.q.shape[:3])[:, heads, rows])
 
 
+def _check_lse(lse: Tensor, query: Tensor, a: Arguments, batch: tuple[int, ...]) -> None:
+    """Raise unless ``lse`` is what ``attention(..., return_lse=True)`` returns for these arguments."""
+    expected = (*batch, *a.q.shape[1:3])[-max(query.dim() - 1, 1) :]
+    if not isinstance(lse, Tensor) or not lse.is_floating_point():
+        got = str(lse.dtype) if isinstance(lse, Tensor) else type(lse).__name__
+        raise TypeError(f"lse must be a floating-point torch.Tensor, got {got}")
+    if tuple(lse.shape) != tuple(expected):
+        raise ValueError(f"lse must have shape (..., heads_q, seq_q) = {tuple(expected)}, got {tuple(lse.shape)}")
+    if lse.device != query.device:
+        raise ValueError(f"lse must be on the query's device {query.device}, got {lse.device}")
+
+
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -99,6 +111,7 @@ def attention_weights(
     arguments, batch = prepare(
         query, key, key, mask, bias, both, offset, softmax_scale, dropout_p, dropout_seed, None, shaped
     )
+    _check_lse(lse, query, arguments, batch)
     q, k, seed = arguments.q, arguments.k, arguments.others[1] if arguments.others else None
     keep = None
     if seed is not None:
@@ -149,10 +162,13 @@ def attention_statistics(
     if options:
         raise TypeError(f"attention_statistics does not take {', '.join(options)}")
     check_length("top_k", top_k)
+    if check_length("block", block) == 0:
+        raise ValueError("block must be at least 1, got 0")
     with torch.no_grad():
         arguments, batch = prepare(
             query, key, key, plain[0], plain[1], both, plain[2], plain[3], 0.0, None, None, shaped
         )
+        _check_lse(lse, query, arguments, batch)
         seqlen_q, seqlen_k = arguments.q.shape[2], arguments.k.shape[2]
         if top_k > seqlen_k:
             raise ValueError(f"top_k must be at most the {seqlen_k} keys, got {top_k}")

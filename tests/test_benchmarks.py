@@ -53,7 +53,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cls: type[ReferenceBackend]) -> Non
     classes = {cls.name: (cls.__module__, cls.__qualname__), "reference": dispatch._CLASSES["reference"]}
     monkeypatch.setattr(dispatch, "_CLASSES", classes)
     monkeypatch.setattr(dispatch, "ORDER", {"cpu": (cls.name, "reference")})
-    dispatch.get_backend.cache_clear()
+    dispatch._make.cache_clear()
     # The operators remember plans by a call's description, so every test of a wrong backend needs fresh ones.
     monkeypatch.setattr("fastattn.ops._plans", {})
 
@@ -64,7 +64,7 @@ def forget_backends() -> object:
     torch.set_num_threads(1)  # sizes so small that threads only get in each other's way
     yield
     torch.set_num_threads(threads)
-    dispatch.get_backend.cache_clear()
+    dispatch._make.cache_clear()
 
 
 @pytest.fixture

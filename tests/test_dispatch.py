@@ -68,6 +68,24 @@ def test_use_backend_nests_ends_and_keeps_to_its_thread() -> None:
     assert dispatch.chosen_backend() == "" and seen == [""]
 
 
+def test_threads_that_leave_use_backend_in_any_order_leave_nothing_behind() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with fastattn.use_backend("reference"):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert entered.wait(60)
+    with fastattn.use_backend("cpu"):
+        leave.set()
+        thread.join()
+        assert dispatch._chosen_when_tracing == "cpu"
+    assert dispatch._chosen_when_tracing == ""
+
+
 def test_the_backward_runs_on_the_forwards_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     backend = dispatch.get_backend("reference")

@@ -26,6 +26,12 @@ def t(*shape: int, **options: Any) -> Tensor:
 Q, K, V = t(2, 4, 5, 8), t(2, 4, 6, 8), t(2, 4, 6, 8)
 K2 = t(2, 2, 6, 8)
 MASK = torch.ones(5, 6, dtype=torch.bool)
+STRIDED = torch.nested.nested_tensor(list(Q))
+weights, statistics, reference = (
+    fastattn.attention_weights,
+    fastattn.attention_statistics,
+    fastattn.reference.attention,
+)
 
 BAD: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ("not_a_tensor", sdpa, ([1.0], K, V), {}, TypeError, "query must be a torch.Tensor, got list"),
@@ -76,6 +82,52 @@ BAD: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], type[Exception], str]
     ),
     ("window_float", fastattn.attention, (Q, K, V), {"window": (0, 1.5)}, TypeError, "right width.*got 1.5"),
     ("offset_float", fastattn.attention, (Q, K, V), {"causal": True, "offset": 0.5}, TypeError, "offset must be"),
+    ("offset_huge", fastattn.attention, (Q, K, V), {"offset": -(2**41)}, ValueError, r"offset must be from -2\*\*40"),
+    (
+        "causal_string",
+        fastattn.attention,
+        (Q, K, V),
+        {"causal": "no"},
+        TypeError,
+        "causal must be True or False, got str",
+    ),
+    ("causal_tensor", fastattn.attention, (Q, K, V), {"causal": Q}, TypeError, "causal must be True or False, got Ten"),
+    ("is_causal_string", sdpa, (Q, K, V), {"is_causal": "no"}, TypeError, "is_causal must be True or False, got str"),
+    ("gqa_string", sdpa, (Q, K2, K2), {"enable_gqa": "no"}, TypeError, "enable_gqa must be True or False, got str"),
+    ("scale_beyond_floats", sdpa, (Q, K, V), {"scale": 10**400}, ValueError, "softmax scale must be finite"),
+    (
+        "softcap_false",
+        fastattn.attention,
+        (Q, K, V),
+        {"softcap": False},
+        TypeError,
+        "softcap must be a float, got bool",
+    ),
+    ("seed_unused", fastattn.attention, (Q, K, V), {"dropout_seed": 3}, TypeError, "dropout_seed .*got int"),
+    ("nested_and_dense", sdpa, (STRIDED, K, V), {}, NotImplementedError, "query is a NestedTensor in strided layout"),
+    ("nested_and_list", sdpa, (STRIDED, [1.0], V), {}, TypeError, "key must be a torch.Tensor, got list"),
+    (
+        "weights_lse",
+        weights,
+        (Q, K, t(2, 5, 4)),
+        {},
+        ValueError,
+        r"lse must have shape .* = \(2, 4, 5\), got \(2, 5, 4\)",
+    ),
+    (
+        "weights_lse_none",
+        weights,
+        (Q, K, None),
+        {},
+        TypeError,
+        "lse must be a floating-point torch.Tensor, got NoneType",
+    ),
+    ("weights_lse_int", weights, (Q, K, t(2, 4, 5).int()), {}, TypeError, "lse must be .*got torch.int32"),
+    ("statistics_lse", statistics, (Q, K, t(1, 4, 5)), {}, ValueError, r"lse must have shape .*got \(1, 4, 5\)"),
+    ("statistics_block", statistics, (Q, K, t(2, 4, 5)), {"block": 0}, ValueError, "block must be at least 1, got 0"),
+    ("reference_rank", reference, (Q[0], K[0], V[0]), {}, ValueError, r"must be \(batch, .*query \(4, 5, 8\)"),
+    ("reference_dtypes", reference, (Q, K.half(), V), {}, TypeError, "share one dtype.*key float16"),
+    ("reference_mask", reference, (Q, K, V), {"mask": MASK[:4]}, ValueError, r"mask must broadcast to \(2, 4, 5, 6\)"),
 ]
 
 
@@ -87,6 +139,29 @@ def test_bad_input_raises_before_any_kernel(row: tuple[Any, ...], backend: str) 
         for _ in range(2):  # a call that failed once must not be remembered as checked
             with pytest.raises(error, match=message):
                 function(*arguments, **options)
+
+
+def test_a_flag_is_checked_after_a_call_that_was_right() -> None:
+    """Repeated calls skip checks; a truthy string must not pass for the True that was there before."""
+    for function, flag in ((fastattn.attention, "causal"), (sdpa, "is_causal")):
+        function(Q, K, V, **{flag: True})
+        with pytest.raises(TypeError, match=f"{flag} must be True or False, got int"):
+            function(Q, K, V, **{flag: 1})
+
+
+def test_a_backend_that_is_no_name() -> None:
+    for name in (["cpu"], 3):
+        with pytest.raises(ValueError, match="backend must be one of cpu, triton, cuda, reference, got"):
+            fastattn.attention(Q, K, V, backend=name)
+        with pytest.raises(ValueError, match="backend must be one of"), fastattn.use_backend(name):  # type: ignore[arg-type]
+            pass
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_window_wider_than_integers_is_unbounded(backend: str) -> None:
+    expected = fastattn.attention(Q, K, V, window=(1, None), backend=backend)
+    for width in (2**40, 2**63 - 1, 2**70):
+        assert torch.equal(fastattn.attention(Q, K, V, window=(1, width), backend=backend), expected)
 
 
 def test_requires_grad_on_integers_is_torchs_error() -> None:

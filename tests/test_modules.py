@@ -438,10 +438,15 @@ def test_masks_apply_the_same_under_functional_call_and_no_grad() -> None:
         ({"embed_dim": 0, "num_heads": 1}, "embed_dim must be greater than 0, got 0"),
         ({"embed_dim": 8, "num_heads": 4, "num_kv_heads": 0}, "num_kv_heads must be greater than 0, got 0"),
         ({"embed_dim": 8, "num_heads": 4, "dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
+        ({"embed_dim": 8, "num_heads": 4, "dropout": "0"}, "dropout must be a float, got '0'"),
+        ({"embed_dim": 8.0, "num_heads": 4}, "embed_dim must be an int, got 8.0"),
+        ({"embed_dim": 8, "num_heads": 4, "kdim": "3"}, "kdim must be an int, got '3'"),
+        ({"embed_dim": 8, "num_heads": 4, "num_kv_heads": True}, "num_kv_heads must be an int, got True"),
+        ({"embed_dim": 8, "num_heads": 4, "dtype": torch.int32}, "dtype must be None or a floating-point.*int32"),
     ],
 )
 def test_bad_constructor_arguments(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MultiHeadAttention(**config)
 
 
@@ -463,6 +468,13 @@ def test_bad_constructor_arguments(config: dict[str, Any], message: str) -> None
         ({"attn_mask": torch.zeros(L, S, device="meta")}, ValueError, "attn_mask.*meta"),
         ({"window": (-1, 2)}, ValueError, "window.*-1"),
         ({"window": 3}, TypeError, "window"),
+        ({"attn_mask": torch.zeros(L, S).double()}, TypeError, "attn_mask must be boolean or .*float32, got float64"),
+        ({"key_padding_mask": torch.zeros(N, S).double()}, TypeError, "key_padding_mask must be boolean or .*float64"),
+        ({"attn_mask": torch.zeros(L, S).to_sparse()}, TypeError, "attn_mask must be a dense"),
+        ({"query": torch.zeros(N, L, E).to_sparse()}, TypeError, "query must be a dense"),
+        ({"key": torch.zeros(N, S, E, device="meta")}, ValueError, "parameters' device cpu; .* key meta"),
+        ({"is_causal": "no"}, TypeError, "is_causal must be True or False, got str"),
+        ({"cache": 3, "need_weights": False}, TypeError, "cache must be a fastattn.KVCache"),
     ],
 )
 def test_bad_inputs(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -164,14 +165,111 @@ def test_inference_mode_negative_bit_and_aliases() -> None:
     assert torch.equal(fastattn.attention(negative, q, negative), fastattn.attention(-q, q, -q))
 
 
-def test_vmap_works_or_says_so() -> None:
-    q = torch.randn(3, 2, 2, 6, 8)
-    try:
-        out = torch.func.vmap(lambda x: fastattn.attention(x, x, x))(q)
-    except RuntimeError as error:
-        assert "vmap" in str(error)
-    else:
-        assert torch.allclose(out, fastattn.attention(q, q, q), atol=1e-6)
+@pytest.mark.parametrize("in_dim", [0, 2])
+def test_vmap(in_dim: int) -> None:
+    q, mask = torch.randn(3, 2, 2, 6, 8), torch.rand(3, 6, 6) > 0.3
+    out = torch.func.vmap(lambda x, m: fastattn.attention(x, x, x, mask=m), in_dims=(in_dim, 0))(
+        q.movedim(0, in_dim), mask
+    )
+    expected = torch.stack([fastattn.attention(x, x, x, mask=m) for x, m in zip(q, mask, strict=True)])
+    assert torch.equal(out, expected)
+    assert torch.func.vmap(lambda x: fastattn.attention(x, x, x))(q[:0]).shape == (0, 2, 2, 6, 8)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(heads, seq, head_dim); without the look at the data that the reference takes, which vmap cannot."""
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+    return s.softmax(-1) @ v, s.logsumexp(-1)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return fastattn.attention(q, k, v, bias=bias, return_lse=True)  # type: ignore[return-value]
+
+
+def gradients_through(how: str, function: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a batch of calls, k shared, by way of one of torch's transforms."""
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        out, lse = function(q, k, v, bias)
+        return out.sin().sum() + lse.cos().sum()
+
+    dims, wanted = (0, None, 0, 0), (0, 1, 2, 3)
+    if how == "grad":
+        return torch.func.grad(lambda *x: torch.stack([loss(*y) for y in unstack(*x)]).sum(), wanted)(q, k, v, bias)
+    if how == "per sample":
+        return torch.func.vmap(torch.func.grad(loss, wanted), dims)(q, k, v, bias)
+    if how == "grad of vmap":
+        return torch.func.grad(lambda *x: torch.func.vmap(loss, dims)(*x).sum(), wanted)(q, k, v, bias)
+    if how == "compiled":
+        compiled = torch.compile(torch.func.grad(loss, wanted), fullgraph=True, backend="aot_eager")
+        return compiled(q[0], k, v[0], bias[0])
+    if how == "jacrev":
+        return torch.func.jacrev(lambda x: function(x, k, v[0], bias[0])[0].sum(-1))(q[0])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+    if how == "leaves outside vmap":
+        return torch.autograd.grad(torch.func.vmap(loss, dims)(*leaves).sum(), leaves)
+    assert how == "batched gradients"
+    out, _ = function(leaves[0][0], leaves[1], leaves[2][0], leaves[3][0])
+    some = torch.linspace(-1, 1, 3 * out.numel()).view(3, *out.shape)
+    return torch.autograd.grad(out, leaves, some, is_grads_batched=True)
+
+
+def unstack(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> list[tuple[Tensor, ...]]:
+    return [(*x[:1], k, *x[1:]) for x in zip(q, v, bias, strict=True)]
+
+
+TRANSFORMS = [
+    "grad", "per sample", "grad of vmap", "compiled", "jacrev", "leaves outside vmap", "batched gradients"
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", TRANSFORMS)
+def test_gradients_through_transforms(how: str) -> None:
+    sizes = ((3, 2, 4, 8), (2, 5, 8), (3, 2, 5, 6), (3, 4, 5))
+    operands = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    found, expected = (gradients_through(how, f, *operands) for f in (fused_attention, plain_attention))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-12) and b.any()
+
+
+def test_what_has_no_derivative_says_so() -> None:
+    q = torch.randn(1, 2, 4, 8)
+
+    def call(x: Tensor) -> Tensor:
+        return fastattn.attention(x, x, x)
+
+    def loss(x: Tensor) -> Tensor:
+        return call(x).square().sum()
+
+    call(q)  # the short path of repeated calls must not lose a tangent either
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(call(q), fastattn.attention(q, q, q))
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*fastattn\.reference\.attention"):
+            call(torch.autograd.forward_ad.make_dual(q, q))
+        x = q.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.autograd.grad(call(x), x, torch.autograd.forward_ad.make_dual(q, q))
+    for transform in (torch.func.jacfwd(call), torch.func.hessian(loss), torch.func.jacfwd(torch.func.grad(loss))):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            transform(q)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(q)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*torch\.export"), pytest.warns():
+        torch.jit.trace(call, (q,), check_trace=False)
+
+
+def test_export_with_free_sizes() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return fastattn.attention(q, k, k, causal=True)
+
+    q, k = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
+    dims = [{0: torch.export.Dim("batch"), 2: torch.export.Dim(name)} for name in ("queries", "keys")]
+    exported = torch.export.export(Model(), (q, k), dynamic_shapes=dims).module()
+    for batch, queries, keys in ((2, 5, 7), (3, 9, 4)):
+        q, k = torch.randn(batch, 2, queries, 8), torch.randn(batch, 2, keys, 8)
+        assert torch.equal(exported(q, k), fastattn.attention(q, k, k, causal=True))
 
 
 def test_equals_torch_with_its_own_arguments() -> None:

@@ -279,5 +279,7 @@ def test_subclasses_whose_behaviour_would_be_lost_are_refused(kind: str) -> None
 
 
 def test_from_torch_refuses_other_modules() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        swap_attention([nn.MultiheadAttention(E, H)])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got Linear"):
         MultiHeadAttention.from_torch(nn.Linear(2, 2))  # type: ignore[arg-type]

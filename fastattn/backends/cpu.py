@@ -55,7 +55,7 @@ class CpuBackend:
         self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
         dq, dk, dv = empty_like_layout(t.q), empty_like_layout(t.k), empty_like_layout(t.v)
-        dbias = torch.empty(t.bias.shape, dtype=t.bias.dtype) if spec.needs_bias_grad and t.bias is not None else None
+        dbias = t.bias.new_empty(t.bias.shape) if spec.needs_bias_grad and t.bias is not None else None
         _C.cpu_backward(
             *forward_arguments(spec, t, out, lse),
             *backward_arguments(grad_out, grad_lse, dq, dk, dv, dbias),
