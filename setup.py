@@ -60,11 +60,24 @@ class Source:
         return self.path.endswith(".cu")
 
 
-def cpu_sources() -> list[Source]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = CPU_ISAS if x86 else {"portable": []}
+def cpu_isas(cxx: list[str]) -> dict[str, list[str]]:
+    """The instruction sets of this processor's kind that the compiler knows: GCC knows AMX from version 11 on."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"portable": []}
+    isas = {}
+    for isa, flags in CPU_ISAS.items():
+        command = [*cxx, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            isas[isa] = flags
+        else:
+            say(f"WARNING: {' '.join(cxx)} knows no {isa} ({' '.join(flags)}): the kernels are built without it")
+    return isas
+
+
+def cpu_sources(isas: dict[str, list[str]] = CPU_ISAS) -> list[Source]:
+    built = tuple(f"-DFASTATTN_WITH_{isa.upper()}" for isa in isas if isa != "portable")
     return [
-        Source("csrc/cpu/attention.cpp"),
+        Source("csrc/cpu/attention.cpp", flags=built),
         Source("csrc/cpu/threads.cpp"),
         *(
             Source("csrc/cpu/kernels.cpp", {"FASTATTN_CPU_ISA": isa}, tuple(KERNEL_FLAGS + flags))
@@ -112,15 +125,23 @@ def say(message: str) -> None:
     print(f"fastattn: {message}", file=sys.stderr, flush=True)
 
 
+def switch(name: str) -> str:
+    """An environment variable that is 0, 1 or not set ("")."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"fastattn: {name} must be 0, 1 or unset, got {value!r}")
+    return value
+
+
 def find_cxx() -> list[str] | None:
     """The C++ compiler as a command, or None."""
     if platform.system() not in ("Linux", "Darwin"):
         return None
-    for candidate in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        command = candidate.split()
-        if command and shutil.which(command[0]):
-            return command
-    return None
+    if asked := os.environ.get("CXX", "").split():
+        if shutil.which(asked[0]) is None:
+            raise SystemExit(f"fastattn: CXX is {' '.join(asked)!r}, but there is no program {asked[0]}")
+        return asked
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
 @dataclass(frozen=True)
@@ -172,7 +193,7 @@ def nvcc_candidates() -> list[Path]:
 
 def find_nvcc() -> Nvcc | None:
     """The CUDA compiler to use, or None; raises where FASTATTN_CUDA=1 asks for one in vain."""
-    wanted = os.environ.get("FASTATTN_CUDA", "")
+    wanted = switch("FASTATTN_CUDA")
     if wanted == "0":
         return None
     candidates = nvcc_candidates()
@@ -187,12 +208,22 @@ def find_nvcc() -> Nvcc | None:
     known = re.findall(r"compute_(\w+)", _output(nvcc, "--list-gpu-arch"))
     asked = os.environ.get("FASTATTN_CUDA_ARCHS", "")
     archs = [a for a in re.split(r"[;,\s]+", asked) if a] or [str(a) for a in DEFAULT_CUDA_ARCHS if str(a) in known]
+    known = [a for a in known if int(re.sub(r"\D", "", a)) >= min(DEFAULT_CUDA_ARCHS)]
     if unknown := [a for a in archs if re.sub(r"[af]$", "", a) not in known]:
-        raise SystemExit(f"fastattn: {nvcc} cannot build for {', '.join(unknown)}; it knows {', '.join(known)}")
+        raise SystemExit(
+            f"fastattn: FASTATTN_CUDA_ARCHS: cannot build for {', '.join(unknown)}; {nvcc} and these kernels know "
+            f"{', '.join(known)} (80 stands for compute capability 8.0)"
+        )
+    if not archs:
+        message = f"{nvcc} knows none of the architectures {DEFAULT_CUDA_ARCHS}"
+        if wanted == "1":
+            raise SystemExit(f"fastattn: FASTATTN_CUDA=1, but {message}")
+        say(f"WARNING: {message}: no CUDA kernels")
+        return None
     top = re.findall(r"^#\$ TOP=(.*)$", _output(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", "x.o"), re.M)
     home = Path(top[-1] if top else Path(nvcc).parents[1])
     libraries = [p for p in (home / "lib64", home / "lib", *home.glob("targets/*/lib")) if p.is_dir()]
-    return Nvcc(nvcc, tuple(str(p.resolve()) for p in libraries), tuple(archs))
+    return Nvcc(nvcc, tuple(str(p.resolve()) for p in libraries), tuple(dict.fromkeys(archs)))
 
 
 def _output(*command: str) -> str:
@@ -260,7 +291,7 @@ def ninja_file(cxx: list[str], nvcc: Nvcc | None, output: str) -> str:
         link += ["-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"]
     # Baseline code first: of an inline function that several objects have, the linker keeps the first one it sees,
     # and that must not be one compiled for AVX-512.
-    sources = [Source("csrc/bindings.cpp"), *cpu_sources()]
+    sources = [Source("csrc/bindings.cpp"), *cpu_sources(cpu_isas(cxx))]
     if nvcc:
         sources += cuda_sources(nvcc.has_hopper)
         bindings += ["-DFASTATTN_WITH_CUDA", f'-DFASTATTN_CUDA_ARCHS=\\"{",".join(nvcc.archs)}\\"']
@@ -328,11 +359,13 @@ class CleanBuildPy(build_py):
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("FASTATTN_CPU") == "0":
-        say("WARNING: FASTATTN_CPU=0: no compiled kernels; Triton and the reference remain")
-        return []
-    if find_cxx() is None:
-        say("WARNING: no C++ compiler was found: no compiled kernels; Triton and the reference remain")
+    why = "FASTATTN_CPU=0" if switch("FASTATTN_CPU") == "0" else None
+    if why is None and find_cxx() is None:
+        why = "no C++ compiler was found"
+    if why is not None:
+        if switch("FASTATTN_CUDA") == "1":
+            raise SystemExit(f"fastattn: FASTATTN_CUDA=1 asks for CUDA kernels, but {why}: nothing can be compiled")
+        say(f"WARNING: {why}: no compiled kernels; Triton and the reference remain")
         return []
     return [Extension("fastattn._C", sources=[])]
 

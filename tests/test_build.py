@@ -104,11 +104,46 @@ def test_asking_for_cuda_without_a_cuda_compiler_fails_clearly() -> None:
     assert done.stdout.strip() == "None"
 
 
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"FASTATTN_CUDA": "off"}, "FASTATTN_CUDA must be 0, 1 or unset, got 'off'"),
+        ({"FASTATTN_CPU": "no"}, "FASTATTN_CPU must be 0, 1 or unset, got 'no'"),
+        ({"FASTATTN_CPU": "0", "FASTATTN_CUDA": "1"}, "FASTATTN_CUDA=1 asks for CUDA kernels, but FASTATTN_CPU=0"),
+        ({"PATH": "/nonexistent", "CXX": "", "FASTATTN_CUDA": "1"}, "but no C++ compiler was found"),
+        ({"CXX": "no-such-compiler -m64"}, "CXX is 'no-such-compiler -m64', but there is no program no-such-compiler"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(environment: dict[str, str], message: str) -> None:
+    done = setup_py("build.find_nvcc()", **{"FASTATTN_CPU": "", "FASTATTN_CUDA": "", **environment})
+    assert done.returncode != 0 and message in done.stderr
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler on this machine")
-def test_an_architecture_that_nvcc_does_not_know_is_refused() -> None:
-    done = setup_py("build.find_nvcc()", FASTATTN_CUDA="1", FASTATTN_CUDA_ARCHS="80;12345")
+@pytest.mark.parametrize("arch", ["12345", "75", "8.0", "sm_90", "native"])
+def test_an_architecture_that_nvcc_or_the_kernels_do_not_know_is_refused(arch: str) -> None:
+    done = setup_py("build.find_nvcc()", FASTATTN_CUDA="1", FASTATTN_CUDA_ARCHS=f"80;{arch}")
     assert done.returncode != 0
-    assert "cannot build for 12345" in done.stderr
+    assert f"cannot build for {arch}" in done.stderr
+
+
+@needs_build_tools
+def test_a_compiler_that_knows_no_amx_builds_the_rest(tmp_path: Path) -> None:
+    """As GCC before version 11: the unit is left out, and attention.cpp is told so."""
+    pytest.importorskip("pybind11")
+    old = tmp_path / "c++"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mamx*) echo unrecognized >&2; exit 1;; esac\nexec c++ "$@"\n')
+    old.chmod(0o755)
+    code = "print(build.ninja_file(build.find_cxx(), None, '_C.so'))"
+    texts = {}
+    for name, compiler in (("old", str(old)), ("new", "c++")):
+        done = setup_py(code, CXX=compiler)
+        assert done.returncode == 0, done.stderr
+        texts[name] = done.stdout
+        assert ("knows no amx" in done.stderr) == ("cpu-kernels-amx.o" not in done.stdout)
+        assert ("-DFASTATTN_WITH_AMX" in done.stdout) == ("cpu-kernels-amx.o" in done.stdout)
+    assert "cpu-kernels-portable.o" in texts["old"] and "amx" not in texts["old"].lower()
+    assert texts["old"].count("cpu-kernels-avx512.o") == texts["new"].count("cpu-kernels-avx512.o")
 
 
 def test_every_source_is_built() -> None:

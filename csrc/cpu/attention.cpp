@@ -22,9 +22,14 @@ namespace fastattn::cpu {
     void attention_backward(const AttentionParams& p); \
     }
 FASTATTN_DECLARE(portable)
-#if defined(__x86_64__)
+// FASTATTN_WITH_*: what setup.py has compiled, for the compilers that know these instructions.
+#if defined(FASTATTN_WITH_AVX2)
 FASTATTN_DECLARE(avx2)
+#endif
+#if defined(FASTATTN_WITH_AVX512)
 FASTATTN_DECLARE(avx512)
+#endif
+#if defined(FASTATTN_WITH_AMX)
 FASTATTN_DECLARE(amx)
 #endif
 #undef FASTATTN_DECLARE
@@ -40,12 +45,14 @@ struct Kernels {
     Kernel backward;
 };
 
-#if defined(__x86_64__)
+#if defined(FASTATTN_WITH_AVX512) || defined(FASTATTN_WITH_AMX)
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+#endif
 
+#if defined(FASTATTN_WITH_AMX)
 // AMX needs the processor (CPUID 7.0: EDX bits 22 and 24) and, for its 8 KiB of state, Linux's leave, asked for once.
 bool has_amx() {
 #if defined(__linux__)
@@ -63,9 +70,13 @@ bool has_amx() {
 // All that were compiled, best first.
 std::vector<Kernels> all_kernels() {
     return {
-#if defined(__x86_64__)
+#if defined(FASTATTN_WITH_AMX)
         {"amx", has_amx(), amx::attention_forward, amx::attention_backward},
+#endif
+#if defined(FASTATTN_WITH_AVX512)
         {"avx512", has_avx512(), avx512::attention_forward, avx512::attention_backward},
+#endif
+#if defined(FASTATTN_WITH_AVX2)
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::attention_forward,
          avx2::attention_backward},
 #endif
