@@ -7,16 +7,15 @@ has validated and normalised them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from fastattn import dispatch
 from fastattn.backends.base import Backend, Tensors, empty_like_layout, empty_lse
@@ -188,23 +187,7 @@ def sinks_gradient(grad_out: Tensor, grad_lse: Tensor | None, sinks: Tensor, out
     return -(p * delta).sum((0, 2))
 
 
-_nothing = contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _differentiable() -> Iterator[None]:
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        yield
-
-
-def _levels_below() -> contextlib.AbstractContextManager[None]:
-    """``Function.forward`` runs with differentiation off; a transform of torch.func further out needs it on."""
-    return _nothing if torch._C._functorch.peek_interpreter_stack() is None else _differentiable()
-
-
-class _Attention(_SingleLevelFunction):
-    """Registered at the operator's autograd key, which torch.func's transforms call once for each of their levels."""
-
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -216,7 +199,7 @@ class _Attention(_SingleLevelFunction):
         others: Others,
         *call: Any,
     ) -> tuple[Tensor, Tensor]:
-        with _levels_below():
+        with _enclosing_levels():
             out, lse = _below_autograd(q, k, v, bias, sinks, others, *call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *others)
@@ -234,7 +217,7 @@ class _Attention(_SingleLevelFunction):
         needs = ctx.needs_input_grad
         if ctx.call[5] or ctx.call[6]:
             plain = not torch.is_grad_enabled() and is_plain((grad_out, grad_lse, q, k, v, bias), others)
-            plain = plain and torch._C._has_storage(grad_out)  # is_grads_batched: none
+            plain = plain and torch._C._has_storage(grad_out)  # there is none in is_grads_batched
             run = _backward if plain else _backward_op
             dq, dk, dv, dbias = run(grad_out, grad_lse, q, k, v, bias, sinks, others, out, lse, *ctx.call)
         return (
@@ -247,10 +230,10 @@ class _Attention(_SingleLevelFunction):
         )
 
 
-class _AttentionBackward(_SingleLevelFunction):
+class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with _levels_below(), torch._C._AutoDispatchBelowAutograd():
+        with _enclosing_levels(), torch._C._AutoDispatchBelowAutograd():
             return _backward_op(*arguments)
 
     @staticmethod
@@ -261,41 +244,53 @@ class _AttentionBackward(_SingleLevelFunction):
         )
 
 
-def _refuse_tangents(*_: Any) -> Any:
-    raise RuntimeError(
-        "fastattn's kernels have no forward-mode derivative (torch.func.jvp, jacfwd, hessian, forward_ad); for one "
-        "call fastattn.reference.attention, or take a reverse-mode derivative (torch.func.vjp, jacrev)"
-    )
+def transforming() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _has_tangent(arguments: Sequence[Any]) -> bool:
-    """Whether forward-mode differentiation asks for the derivative of a call: a kernel would lose it silently."""
-    flat = (x for item in arguments for x in (item if isinstance(item, (list, tuple)) else (item,)))
-    tensors = (x for x in flat if isinstance(x, Tensor) and x.is_floating_point())
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
-def _apply(function: Any, arguments: Sequence[Any]) -> Any:
-    """Apply an autograd function; inside a transform of torch.func, to the transform's own level alone."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+def _record(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
+    """``function.apply``; under torch.func, which hands its levels to autograd one by one, for the one at hand."""
+    if not transforming():
         return function.apply(*arguments)
     with enable_single_level_autograd_function():
-        return function.apply(*arguments)
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+@contextmanager
+def _levels() -> Iterator[None]:
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _enclosing_levels() -> AbstractContextManager[None]:
+    """Within a Function's forward, where nothing is recorded: let the levels of torch.func around this one record."""
+    return _levels() if transforming() else nullcontext()
+
+
+def _refuse_tangents(arguments: Sequence[Any]) -> None:
+    flat = (x for item in arguments for x in (item if isinstance(item, (list, tuple)) else (item,)))
+    tensors = (x for x in flat if isinstance(x, Tensor) and x.is_floating_point())
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "fastattn's kernels have no forward-mode derivative (torch.func.jvp, jacfwd, hessian); for one call "
+            "fastattn.reference.attention, or use reverse mode (grad, vjp, jacrev)"
+        )
 
 
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, bias, sinks, *_ = arguments
-    if forward_ad._current_level >= 0 and _has_tangent(arguments):
-        _refuse_tangents()
-    if not torch.is_grad_enabled():
-        return _below_autograd(*arguments)
-    grad = q.requires_grad or k.requires_grad or v.requires_grad
-    bias_grad = bias is not None and bias.requires_grad
-    if not (grad or bias_grad or (sinks is not None and sinks.requires_grad)):
-        return _below_autograd(*arguments)
-    if grad > arguments[11] or bias_grad > arguments[12]:  # vmap hides from its function that a gradient is asked for
-        arguments = (*arguments[:11], grad or arguments[11], bias_grad or arguments[12], *arguments[13:])
-    return _apply(_Attention, arguments)
+    q, k, v, bias, sinks, others, *call = arguments
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
+    if torch.is_grad_enabled():
+        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        needs_bias_grad = bias is not None and bias.requires_grad
+        if needs_grad or needs_bias_grad or (sinks is not None and sinks.requires_grad):
+            if needs_grad > call[5] or needs_bias_grad > call[6]:  # what vmap takes apart asked for no gradient
+                call[5:7] = needs_grad, needs_bias_grad
+                arguments = (q, k, v, bias, sinks, others, *call)
+            return _record(_Attention, arguments)
+    return _below_autograd(*arguments)
 
 
 def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -306,10 +301,10 @@ def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if forward_ad._current_level >= 0 and _has_tangent(arguments):
-        _refuse_tangents()
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-        return _apply(_AttentionBackward, arguments)
+        return _record(_AttentionBackward, arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(*arguments)
 
@@ -361,10 +356,10 @@ def is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
         first is not None
         and (first.is_cpu or first.is_cuda)
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.autograd.profiler._is_profiler_enabled
+        and not transforming()
         and forward_ad._current_level < 0
         and not torch._C._is_tracing()
+        and not torch.autograd.profiler._is_profiler_enabled
     )
 
 
@@ -373,10 +368,10 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``fastattn::attention_forward``; eager calls take the shortest path: the dispatcher is half of a small call."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or transforming():
         return _forward_op(*arguments)
     if torch._C._is_tracing():
         raise RuntimeError(
-            "torch.jit.trace cannot record fastattn's operators; use torch.export.export or torch.compile"
+            "torch.jit.trace cannot record fastattn's operators: use torch.export.export or torch.compile"
         )
     return _forward_autograd(*arguments)
