@@ -30,7 +30,7 @@ test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks $(if $(TEXT),--text '$(TEXT)')
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,11 +54,13 @@ gpu:
 	$(MAKE) VENV=.venv-gpu VENV_FLAGS=--system-site-packages TORCH=installed .venv-gpu/installed-$(notdir $(PYTHON))-torchinstalled
 	-.venv-gpu/bin/python -m tests.cuda_emulation.record
 	.venv-gpu/bin/python -m pytest $(PYTEST_FLAGS)
-	.venv-gpu/bin/python -m benchmarks $(if $(TEXT),--text $(TEXT))
+	.venv-gpu/bin/python -m benchmarks $(if $(TEXT),--text '$(TEXT)')
 
 $(STAMP): $(BUILD_INPUTS)
-	test -e $(STAMP) || test ! -e $(VENV) || rm -rf $(VENV)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	test -e $(STAMP) || test ! -e $(VENV) || { ls $(VENV)/installed-* >/dev/null 2>&1 && rm -rf $(VENV); } || { \
+	  echo "$(VENV) is there already and not of this Makefile's making: remove it, or name another with VENV="; exit 1; }
+	test -x $(BIN)/python || { \
+	  mkdir -p $(VENV) && touch $(VENV)/installed-begun && $(PYTHON) -m venv $(VENV_FLAGS) $(VENV); }
 	case "$(TORCH)" in \
 	  '') cp constraints.txt $(VENV)/constraints.txt ;; \
 	  installed) $(PYTHON) -c "import torch; print('torch==' + torch.__version__)" >$(VENV)/constraints.txt ;; \

@@ -39,7 +39,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if parsed.what[0] == "report":
         if len(parsed.what) == 1:
             parser.error("report needs a results.json")
+        for name in parsed.what[1:]:
+            _check_results(parser, Path(name))
         return parsed
+    _check_device(parser, parsed.device)
     if parsed.what == ["tune"]:
         return parsed
     unknown = sorted(set(parsed.what) - {*SUITES, "all"})
@@ -48,7 +51,34 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if parsed.text is not None and not parsed.text.is_file():
         parser.error(f"--text: there is no file {parsed.text}")
     parsed.what = list(SUITES) if "all" in parsed.what else [suite for suite in SUITES if suite in parsed.what]
+    if parsed.text is not None and "check" not in parsed.what:
+        parser.error("--text is what check reads, and check is not among the suites")
+    if parsed.out is not None:
+        try:  # now, not after minutes of timing
+            parsed.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out: {error}")
     return parsed
+
+
+def _check_results(parser: argparse.ArgumentParser, path: Path) -> None:
+    from benchmarks.rows import Results
+
+    try:
+        Results.load(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        parser.error(f"{path} is no results.json of this program: {type(error).__name__}: {error}")
+
+
+def _check_device(parser: argparse.ArgumentParser, name: str | None) -> None:
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        parser.error(f"--device must be cpu or cuda, got {name}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {name}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,5 +1,8 @@
 """Fused attention kernels for torch: one call, one contract, on every device."""
 
+from importlib import import_module
+from typing import Any
+
 from fastattn import reference
 from fastattn.cache import KVCache, PagedKVCache, apply_rotary, attention_with_kv_cache
 from fastattn.checks import debug_checks
@@ -31,7 +34,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    if name == "transformer":  # imported when first asked for
+        return import_module("fastattn.transformer")
     if name == "__version__":
         from importlib.metadata import version
 

@@ -174,8 +174,20 @@ def test_time_calls_keeps_order_of_speed() -> None:
     assert all(s.p20_ms <= s.median_ms <= s.p80_ms and s.count >= 3 for s in samples.values())
 
 
-def test_command_line_errors(tmp_path: Path) -> None:
-    for arguments in (["nonsense"], ["report"], ["check", "--text", str(tmp_path / "missing")]):
+def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.json").write_text("no rows")
+    missing, text = str(tmp_path / "missing"), str(tmp_path / "text.json")
+    for arguments, message in (
+        (["nonsense"], "unknown suite nonsense"),
+        (["report"], "report needs a results.json"),
+        (["report", missing], "No such file"),
+        (["report", text], "is no results.json of this program"),
+        (["check", "--text", missing], "there is no file"),
+        (["calls", "--text", text], "check is not among the suites"),
+        (["calls", "--out", text + "/x"], "--out: "),
+        (["calls", "--device", "tpu"], "--device must be cpu or cuda, got tpu"),
+        (["calls", "--device", "meta"], "--device must be cpu or cuda, got meta"),
+    ):
         with pytest.raises(SystemExit) as raised:
             main(arguments)
-        assert raised.value.code == 2
+        assert raised.value.code == 2 and message in capsys.readouterr().err

@@ -123,5 +123,17 @@ def test_flops_count_visible_pairs() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, fastattn, torch; assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastattn
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not loaded & {"triton", "numpy", "matplotlib", "rich", "transformers", "tokenizers", "safetensors"}, loaded
+assert "triton" not in sys.modules and "fastattn.transformer" not in sys.modules and not torch.cuda.is_initialized()
+assert fastattn.transformer.Transformer
+try:
+    fastattn.transformers
+except AttributeError as error:
+    assert "no attribute 'transformers'" in str(error)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
