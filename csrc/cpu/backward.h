@@ -7,7 +7,6 @@
 #include <stdexcept>
 
 #include "schedule.h"
-#include "softmax.h"
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
@@ -28,7 +27,6 @@ public:
             for (int64_t g = 0; g < group; ++g) {
                 const int64_t h = head_k * group + g;
                 start_query_head(entry, h, head, run);
-                if (wants_dbias() && !dbias_per_key()) add_dbias_of_rows(entry, h, head);
                 run(count_of(entry.seqlen_k, kKeyRows), [&](int64_t item) {  // causal: the longest first
                     try {
                         key_tile(entry, h, item, head, g == 0, g == group - 1, scratch<Tile>());
@@ -39,6 +37,7 @@ public:
                 });
                 run(count_of(entry.seqlen_q, kPackRows),
                     [&](int64_t item) { write_dq(entry, h, item * kPackRows, head); });
+                if (wants_dbias() && !dbias_per_key()) add_dbias_of_rows(entry, h, head);
             }
         });
         finish_dbias();
@@ -53,6 +52,7 @@ private:
         Buffer<C> dk, dv;                        // (seqlen_k, padded dim), summed over the query heads of the group
         Buffer<C> dq;                            // of one query head
         std::vector<C> lse, delta, dlse;         // per query, padded; lse is +inf where nothing is seen
+        std::vector<C> ds_sums;                  // of dS over the keys, per query; where sums_rows()
         std::vector<std::atomic<int64_t>> turn;  // per tile of queries: the tile of keys that may add to dq
         std::atomic<bool> failed{false}, k_non_finite{false}, q_non_finite{false}, dout_non_finite{false};
     };
@@ -60,6 +60,7 @@ private:
         Buffer<C> s, dp, slope;
         typename P::Gradients gradients;
         std::vector<uint8_t> keep;
+        C ds_sums[kColumns];  // of dS over the tile's keys
     };
 
     void start_head(const Entry& e, int64_t head_k, Head& head, const Run& run) {
@@ -91,6 +92,7 @@ private:
         head.lse.assign(padded, kInfinity<C>);
         head.delta.assign(padded, C(0));
         head.dlse.assign(padded, C(0));
+        if (sums_rows()) head.ds_sums.assign(padded, C(0));
         const size_t tiles = padded / static_cast<size_t>(kColumns);
         if (head.turn.size() < tiles) head.turn = std::vector<std::atomic<int64_t>>(tiles);
         for (auto& turn : head.turn) turn.store(0, std::memory_order_relaxed);
@@ -167,6 +169,7 @@ private:
                 span = scores_.template span<true>(e, h, first + r, std::min(kRowBlock, rows - r), i, i_end, P::kUnit);
                 if (!span.empty()) low = std::min(low, span.first), high = std::max(high, span.last);
             }
+            if (sums_rows()) std::fill(tile.ds_sums, tile.ds_sums + kColumns, C(0));
             for (int64_t r = 0; r < rows && low < high; r += kRowBlock) {
                 const Span& span = spans[r / kRowBlock];
                 const int64_t block_rows = std::min(kRowBlock, rows - r);
@@ -185,6 +188,9 @@ private:
                 wait_a_little(spin);
             }
             if (low < high) {
+                for (int64_t c = low; c < high && sums_rows(); ++c) {
+                    head.ds_sums[static_cast<size_t>(i + c)] += tile.ds_sums[c];
+                }
                 tile.gradients.add_dq(restricted && head.k_non_finite, rows, low, high, head.k, first, i,
                                       head.dq.get());
             }
@@ -216,6 +222,7 @@ private:
                                     first + r + rows, tile.keep.data() + span.first, kColumns);
         }
         const bool plain = span.whole && scores_.plain(), capped = p_.softcap != 0;
+        const bool wants_ds = dbias_per_key() || sums_rows();
         C* slope = capped ? tile.slope.reserve(kRowBlock * kColumns) : nullptr;
         if (!plain) {
             for (int64_t k = 0; k < rows; ++k) {
@@ -255,7 +262,7 @@ private:
                         ds[a][u] = plain ? d : weight == zero ? zero : d;
                     }
                 }
-                if (dbias_per_key()) {
+                if (wants_ds) {
                     for (int a = 0; a < G::kRows; ++a) {
                         for (int u = 0; u < G::kVectors; ++u) {
                             const int64_t row = k + a * G::kRowStep;
@@ -277,12 +284,16 @@ private:
         if (dbias_per_key()) {
             add_dbias(e.b, h, first + r, rows, i + span.first, std::min(i + span.last, i_end), s + span.first);
         }
+        for (int64_t k = 0; k < rows && sums_rows(); ++k) {
+            for (int64_t c = span.first; c < span.last; ++c) tile.ds_sums[c] += s[k * kColumns + c];
+        }
     }
 
     // The bias's gradient, in the compute type and the bias's own shape. Tiles of keys own its columns; where it is
     // broadcast over keys, its rows are known without them. Heads that share it take their turns in order.
     bool wants_dbias() const { return p_.dbias.data != nullptr; }
     bool dbias_per_key() const { return wants_dbias() && p_.bias_shape[3] != 1; }
+    bool sums_rows() const { return wants_dbias() && !dbias_per_key() && p_.sinks.data != nullptr; }
     bool per_query() const { return p_.bias_shape[2] != 1; }
     bool bias_shared_by_heads() const {
         return wants_dbias() && ((p_.bias_shape[0] == 1 && p_.batch > 1) || (p_.bias_shape[1] == 1 && p_.heads_q > 1));
@@ -320,18 +331,16 @@ private:
         }
     }
 
-    // A bias that all keys of a query share changes lse and no weight:
-    //   sum_j dS_ij = delta - (delta - dlse) sum_j P_ij = dlse + exp(sink - lse) (delta - dlse),
-    // and 0 for a row that sees nothing. Summing dS would leave the roundings of its large, cancelling parts.
+    // A bias that all keys of a query share changes lse and no weight: sum_j dS_ij = delta - (delta - dlse) sum_j P_ij
+    // is dlse, and 0 for a row that sees nothing; a sum of dS would be of the rounding of its large, cancelling terms.
+    // Beside a sink, which may leave the keys any small part of the weight, it is a sum that does not cancel.
     void add_dbias_of_rows(const Entry& e, int64_t h, const Head& head) {
-        const C* sink = sink_of<C>(p_, h);
         double total = 0;
         for (int64_t i = 0; i < e.seqlen_q; ++i) {
             const size_t n = static_cast<size_t>(i);
-            const C lse = head.lse[n], dlse = head.dlse[n];
-            if (lse == kInfinity<C>) continue;
-            const C beside = sink == nullptr ? lse - lse : exp_of<C>(*sink - lse);  // a NaN stays one
-            const C sum = dlse + beside * (head.delta[n] - dlse);
+            if (head.lse[n] == kInfinity<C>) continue;
+            const C nan_stays = (head.lse[n] - head.lse[n]) * head.delta[n];
+            const C sum = sums_rows() ? head.ds_sums[n] : head.dlse[n] + nan_stays;
             if (per_query()) {
                 *dbias_row(e.b, h, i) += sum;
             } else {
