@@ -41,13 +41,14 @@ def assert_close_to_oracle(
 
 
 def gradient_sizes(inputs: Inputs, out: Tensor) -> dict[str, Tensor]:
-    """How large the terms are that dq, dk and dbias are sums of: the root of the sum of their squares, in float64.
+    """How large the terms are that dq, dk, dv and dbias are sums of: the root of the sum of their squares, in float64.
 
     For calls of few keys or queries. dS = P (dP - delta + dlse) with delta = dO · O, and where P is nearly 1, dP and
     delta are nearly equal: dS is 0 for one key without dlse, and P (1 - P) (dP_0 - dP_1) for two. The backward pass
     knows O only as rounded to its dtype, so delta only to eps / 2 of the terms of dO · O, whatever is done with it
-    afterwards; with the dP's at hand that the naive backward pass keeps, dS is spared that. Where many keys share the
-    weight and many rows the sum, these sizes are those of the gradients themselves, and the rule is the same.
+    afterwards; the naive one takes delta from the dP's themselves, and is spared that. Nor has a single element, such
+    as dv of one key, a larger neighbour where a sum comes out near 0. Where there are many keys and rows, these sizes
+    are those of the gradients' largest elements, and the rule is the same.
     """
     case, wide = inputs.case, inputs.to(torch.float64)
     q, k, v, grad = wide.q, wide.k, wide.v, wide.grad_out.square()
@@ -73,6 +74,9 @@ def gradient_sizes(inputs: Inputs, out: Tensor) -> dict[str, Tensor]:
     scale = case.head_dim_qk**-0.5 if case.softmax_scale is None else case.softmax_scale
     slope = 1 - (scale / case.softcap * (q @ k.mT)).tanh().square() if case.softcap else 1.0
     raw = ds * (scale * slope) ** 2  # of the gradient of q · k
-    dk = (raw.mT @ q.square()).unflatten(1, (case.heads_k, -1)).sum(2)
-    sizes = {"dq": (raw @ k.square()).sqrt(), "dk": dk.sqrt()}
-    return sizes if wide.bias is None else {**sizes, "dbias": ds.sum_to_size(wide.bias.shape).sqrt()}
+    dk, dv = raw.mT @ q.square(), dropped.square().mT @ grad
+    squares = {"dq": raw @ k.square()}
+    squares |= {name: x.unflatten(1, (case.heads_k, -1)).sum(2) for name, x in (("dk", dk), ("dv", dv))}
+    if wide.bias is not None:
+        squares["dbias"] = ds.sum_to_size(wide.bias.shape)
+    return {name: x.sqrt() for name, x in squares.items()}
