@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import fastattn
 from fastattn.backends import cpu
 from fastattn.dispatch import get_backend
-from tests.cases import CASES, Case
-from tests.tolerance import assert_close_to_oracle
+from tests.cases import CASES, DTYPES, Case
+from tests.tolerance import assert_close_to_oracle, gradient_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,13 +33,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-#: The portable unit misses the rule by 0.2 % in bias_scalar's float32 dbias, and one of the later cases does not end.
-KNOWN_FAULT = pytest.mark.xfail(run=False, reason="portable: bias_scalar's dbias, and a case that does not end")
-
-
-@pytest.mark.parametrize(
-    "isa", [pytest.param(isa, marks=[KNOWN_FAULT] if isa == "portable" else []) for isa in INSTRUCTION_SETS[1:]]
-)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])
 def test_contract_with_a_lower_instruction_set(isa: str) -> None:
     """The first one is what every other test runs."""
     done = python(
@@ -97,7 +91,7 @@ def cases(draw: st.DrawFn) -> Case:
         heads_q=heads_k * draw(st.integers(1, 3)),
         heads_k=heads_k,
         seqlen_q=draw(size),
-        seqlen_k=draw(st.integers(32, 330)),  # rows that see few keys: see test_whatever_is_drawn
+        seqlen_k=draw(st.integers(1, 330)),
         head_dim_qk=draw(size),
         head_dim_v=draw(size),
         causal=draw(st.booleans()),
@@ -112,19 +106,18 @@ def cases(draw: st.DrawFn) -> Case:
         segments=draw(st.sampled_from(["", "", "batch"])),
         layout=draw(st.sampled_from(["bhsd", "bshd", "strided", "sliced", "transposed"])),
         blind_rows=draw(st.booleans()),
+        grad_lse=draw(st.booleans()),
     )
 
 
-# Not float32: where a row sees one key, dS is the difference of dP and delta, both large and equal but for dlse; the
-# rounding of either is more than the rule's 8 eps of the small result; the naive one is spared that only where torch
-# happens to sum both in one order. In float32 the case list stands in.
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(cases(), st.sampled_from([torch.bfloat16, torch.float16]))
+@settings(max_examples=90, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from(DTYPES))
 def test_whatever_is_drawn(case: Case, dtype: torch.dtype) -> None:
     inputs = case.make(dtype)
     actual, naive, oracle = inputs.run(fastattn.attention, backend="cpu"), inputs.naive(), inputs.oracle()
+    sizes = gradient_sizes(inputs, oracle["out"])
     for name, value in actual.items():
-        assert_close_to_oracle(value, naive[name], oracle[name], f"{case} {dtype} {name}")
+        assert_close_to_oracle(value, naive[name], oracle[name], f"{case} {dtype} {name}", sizes.get(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

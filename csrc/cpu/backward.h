@@ -1,5 +1,5 @@
-// Backward, by recomputation: with P = exp(S - lse) and delta = rowsum(dO ∘ O) - dlse,
-//   dV = (P ∘ D)ᵀ dO,   dS = P ∘ (D ∘ dO Vᵀ - delta),   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dbias = dS,
+// Backward, by recomputation: with P = exp(S - lse) and delta = rowsum(dO ∘ O),
+//   dV = (P ∘ D)ᵀ dO,   dS = P ∘ (D ∘ dO Vᵀ - delta + dlse),   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dbias = dS,
 // D being dropout's factors. Work goes by tiles of keys, which own their rows of dK and dV; a tile's part of dQ is
 // added when all earlier tiles have added theirs. Every sum has one order, so nothing depends on the number of threads.
 #pragma once
@@ -37,6 +37,7 @@ public:
                 });
                 run(count_of(entry.seqlen_q, kPackRows),
                     [&](int64_t item) { write_dq(entry, h, item * kPackRows, head); });
+                if (wants_dbias() && !dbias_per_key()) add_dbias_of_rows(entry, h, head);
             }
         });
         finish_dbias();
@@ -50,7 +51,8 @@ private:
         typename P::Matrix k, v, q, dout;
         Buffer<C> dk, dv;                        // (seqlen_k, padded dim), summed over the query heads of the group
         Buffer<C> dq;                            // of one query head
-        std::vector<C> lse, delta;               // per query, padded; lse is +inf where nothing is seen
+        std::vector<C> lse, delta, dlse;         // per query, padded; lse is +inf where nothing is seen
+        std::vector<C> ds_sums;                  // of dS over the keys, per query; where sums_rows()
         std::vector<std::atomic<int64_t>> turn;  // per tile of queries: the tile of keys that may add to dq
         std::atomic<bool> failed{false}, k_non_finite{false}, q_non_finite{false}, dout_non_finite{false};
     };
@@ -58,7 +60,7 @@ private:
         Buffer<C> s, dp, slope;
         typename P::Gradients gradients;
         std::vector<uint8_t> keep;
-        C row_sums[kColumns];  // of dS over the tile's keys, where the bias has one element for all keys
+        C ds_sums[kColumns];  // of dS over the tile's keys
     };
 
     void start_head(const Entry& e, int64_t head_k, Head& head, const Run& run) {
@@ -89,6 +91,8 @@ private:
         const size_t padded = static_cast<size_t>(round_up(e.seqlen_q, kColumns));
         head.lse.assign(padded, kInfinity<C>);
         head.delta.assign(padded, C(0));
+        head.dlse.assign(padded, C(0));
+        if (sums_rows()) head.ds_sums.assign(padded, C(0));
         const size_t tiles = padded / static_cast<size_t>(kColumns);
         if (head.turn.size() < tiles) head.turn = std::vector<std::atomic<int64_t>>(tiles);
         for (auto& turn : head.turn) turn.store(0, std::memory_order_relaxed);
@@ -101,28 +105,38 @@ private:
             const Rows<T> out = query_rows<T>(p_.out, e, h);
             if (head.q.pack(q, first, P::kQueryLayouts)) head.q_non_finite = true;
             if (head.dout.pack(dout, first, P::kQueryLayouts)) head.dout_non_finite = true;
-            C out_row[kMaxHeadDim], dout_row[kMaxHeadDim];
+            for (int64_t i = first; i < last; i += kLanes<C>) {
+                store<C>(head.delta.data() + i, row_products(out, dout, i, std::min<int64_t>(kLanes<C>, last - i)));
+            }
             for (int64_t i = first; i < last; ++i) {
-                read_row(out.at(i), out.dim, p_.head_dim_v, out_row);
-                read_row(dout.at(i), dout.dim, p_.head_dim_v, dout_row);
-                // dP is summed in C. Without fused multiply-adds its rounding is the larger part of dP - delta where
-                // that should be 0, and delta in the same type and order cancels it.
-#if defined(__FMA__) || defined(__aarch64__)
-                double delta = 0;
-#else
-                C delta = 0;
-#endif
-                for (int64_t d = 0; d < p_.head_dim_v; ++d) {
-                    delta += static_cast<decltype(delta)>(out_row[d]) * static_cast<decltype(delta)>(dout_row[d]);
-                }
-                if (p_.grad_lse.data != nullptr) {
-                    delta -= static_cast<decltype(delta)>(*at<C>(p_.grad_lse, e.batch_q, h, e.row_q + i));
-                }
-                head.delta[static_cast<size_t>(i)] = static_cast<C>(delta);
-                const double lse = static_cast<double>(*at<C>(p_.lse, e.batch_q, h, e.row_q + i));
-                head.lse[static_cast<size_t>(i)] = lse == -kInfinity<double> ? kInfinity<C> : static_cast<C>(lse);
+                const C lse = *at<C>(p_.lse, e.batch_q, h, e.row_q + i);
+                head.lse[static_cast<size_t>(i)] = lse == -kInfinity<C> ? kInfinity<C> : lse;
+                if (p_.grad_lse.data == nullptr) continue;
+                head.dlse[static_cast<size_t>(i)] = *at<C>(p_.grad_lse, e.batch_q, h, e.row_q + i);
             }
         });
+    }
+
+    // The products x_i · y_i of `rows` rows from i on, each in a lane and summed in the order of dP's: where a query
+    // sees one key, its output is a row of V, and dP and delta, large beside their difference, are rounded alike.
+    Vector<C> row_products(const Rows<T>& x, const Rows<T>& y, int64_t i, int64_t rows) const {
+        constexpr int64_t L = kLanes<C>;
+        const int64_t dim = p_.head_dim_v, width = round_up(dim, L);
+        C* x_rows = scratch<Buffer<C>>().reserve(2 * L * kMaxHeadDim);
+        C* y_rows = x_rows + L * width;
+        std::fill(x_rows, y_rows + L * width, C(0));
+        for (int64_t r = 0; r < rows; ++r) {
+            read_row(x.at(i + r), x.dim, dim, x_rows + r * width);
+            read_row(y.at(i + r), y.dim, dim, y_rows + r * width);
+        }
+        Vector<C> sum{};
+        for (int64_t d = 0; d < width; d += L) {
+            C x_columns[L * L], y_columns[L * L];
+            transpose_square(x_rows + d, width, x_columns, L);
+            transpose_square(y_rows + d, width, y_columns, L);
+            for (int64_t k = 0; k < L; ++k) sum += load(x_columns + k * L) * load(y_columns + k * L);
+        }
+        return sum;
     }
 
     void write_dq(const Entry& e, int64_t h, int64_t first, Head& head) {
@@ -145,7 +159,7 @@ private:
             std::fill(dv, dv + kKeyRows * dim_v, C(0));
         }
         tile.gradients.reserve();
-        const bool restricted = scores_.restricted(), sums_rows = per_query() && p_.bias_shape[3] == 1 && wants_dbias();
+        const bool restricted = scores_.restricted();
         for (int64_t i = 0, query_tile = 0; i < e.seqlen_q; i += kColumns, ++query_tile) {
             const int64_t i_end = std::min(i + kColumns, e.seqlen_q);
             Span spans[kBlocks];
@@ -155,7 +169,7 @@ private:
                 span = scores_.template span<true>(e, h, first + r, std::min(kRowBlock, rows - r), i, i_end, P::kUnit);
                 if (!span.empty()) low = std::min(low, span.first), high = std::max(high, span.last);
             }
-            if (sums_rows) std::fill(tile.row_sums, tile.row_sums + kColumns, C(0));
+            if (sums_rows()) std::fill(tile.ds_sums, tile.ds_sums + kColumns, C(0));
             for (int64_t r = 0; r < rows && low < high; r += kRowBlock) {
                 const Span& span = spans[r / kRowBlock];
                 const int64_t block_rows = std::min(kRowBlock, rows - r);
@@ -174,8 +188,8 @@ private:
                 wait_a_little(spin);
             }
             if (low < high) {
-                if (sums_rows) {
-                    for (int64_t c = 0; c < i_end - i; ++c) *dbias_row(e.b, h, i + c) += tile.row_sums[c];
+                for (int64_t c = low; c < high && sums_rows(); ++c) {
+                    head.ds_sums[static_cast<size_t>(i + c)] += tile.ds_sums[c];
                 }
                 tile.gradients.add_dq(restricted && head.k_non_finite, rows, low, high, head.k, first, i,
                                       head.dq.get());
@@ -208,6 +222,7 @@ private:
                                     first + r + rows, tile.keep.data() + span.first, kColumns);
         }
         const bool plain = span.whole && scores_.plain(), capped = p_.softcap != 0;
+        const bool wants_ds = dbias_per_key() || sums_rows();
         C* slope = capped ? tile.slope.reserve(kRowBlock * kColumns) : nullptr;
         if (!plain) {
             for (int64_t k = 0; k < rows; ++k) {
@@ -218,7 +233,7 @@ private:
         const Vector<C> factor = splat(plain ? scores_.scale : C(1)), nothing = splat(-kInfinity<C>), zero{};
         const Vector<C> kept = splat(static_cast<C>(p_.dropout_scale));
         const C* lse = head.lse.data() + i;
-        const C* delta = head.delta.data() + i;
+        const C *delta = head.delta.data() + i, *dlse = head.dlse.data() + i;
         for (int64_t k = 0; k < round_up(rows, G::kRows * G::kRowStep); ++k) {
             if (G::kRows > 1 && k % (G::kRows * G::kRowStep) >= G::kRowStep) continue;
             for (int64_t c = span.first; c < span.last; c += G::kVectors * L) {
@@ -243,11 +258,11 @@ private:
                             dropped = weight;
                         }
                         p[a][u] = dropped;
-                        const Vector<C> d = weight * (g - load<C>(delta + c + u * L));
+                        const Vector<C> d = weight * (g - load<C>(delta + c + u * L) + load<C>(dlse + c + u * L));
                         ds[a][u] = plain ? d : weight == zero ? zero : d;
                     }
                 }
-                if (wants_dbias()) {
+                if (wants_ds) {
                     for (int a = 0; a < G::kRows; ++a) {
                         for (int u = 0; u < G::kVectors; ++u) {
                             const int64_t row = k + a * G::kRowStep;
@@ -266,32 +281,31 @@ private:
                 tile.gradients.put(r, k, c, p, ds);
             }
         }
-        if (wants_dbias()) {
-            add_dbias(e.b, h, first + r, rows, i + span.first, std::min(i + span.last, i_end), s + span.first,
-                      tile.row_sums + span.first);
+        if (dbias_per_key()) {
+            add_dbias(e.b, h, first + r, rows, i + span.first, std::min(i + span.last, i_end), s + span.first);
+        }
+        for (int64_t k = 0; k < rows && sums_rows(); ++k) {
+            for (int64_t c = span.first; c < span.last; ++c) tile.ds_sums[c] += s[k * kColumns + c];
         }
     }
 
-    // The bias's gradient, in the compute type and the bias's own shape. Where the bias has a row per query, tiles of
-    // queries own its rows; where it is broadcast over queries, tiles of keys own its columns; where it is broadcast
-    // over both, each block of keys owns a partial sum. Heads that share it take their turns in order.
+    // The bias's gradient, in the compute type and the bias's own shape. Tiles of keys own its columns; where it is
+    // broadcast over keys, its rows are known without them. Heads that share it take their turns in order.
     bool wants_dbias() const { return p_.dbias.data != nullptr; }
+    bool dbias_per_key() const { return wants_dbias() && p_.bias_shape[3] != 1; }
+    bool sums_rows() const { return wants_dbias() && !dbias_per_key() && p_.sinks.data != nullptr; }
     bool per_query() const { return p_.bias_shape[2] != 1; }
     bool bias_shared_by_heads() const {
         return wants_dbias() && ((p_.bias_shape[0] == 1 && p_.batch > 1) || (p_.bias_shape[1] == 1 && p_.heads_q > 1));
     }
-    int64_t dbias_columns() const {
-        if (p_.bias_shape[3] != 1) return p_.bias_shape[3];
-        return per_query() ? 1 : count_of(p_.seqlen_k, kRowBlock);
-    }
     C* dbias_row(int64_t b, int64_t h, int64_t i) {
         b = p_.bias_shape[0] == 1 ? 0 : b, h = p_.bias_shape[1] == 1 ? 0 : h, i = per_query() ? i : 0;
-        return dbias_.data() + ((b * p_.bias_shape[1] + h) * p_.bias_shape[2] + i) * dbias_columns();
+        return dbias_.data() + ((b * p_.bias_shape[1] + h) * p_.bias_shape[2] + i) * p_.bias_shape[3];
     }
 
     void start_dbias() {
         if (!wants_dbias()) return;
-        dbias_.assign(static_cast<size_t>(p_.bias_shape[0] * p_.bias_shape[1] * p_.bias_shape[2] * dbias_columns()),
+        dbias_.assign(static_cast<size_t>(p_.bias_shape[0] * p_.bias_shape[1] * p_.bias_shape[2] * p_.bias_shape[3]),
                       C(0));
     }
 
@@ -304,22 +318,36 @@ private:
         return total;
     }
 
-    // Adds ds (keys [key, key + rows) x queries [i, i_end), rows kColumns apart), which block `block` of keys owns.
-    // Row sums go to `row_sums`, to be added in turn.
-    void add_dbias(int64_t b, int64_t h, int64_t key, int64_t rows, int64_t i, int64_t i_end, const C* ds,
-                   C* row_sums) {
+    // Adds ds: keys [key, key + rows) x queries [i, i_end), rows kColumns apart.
+    void add_dbias(int64_t b, int64_t h, int64_t key, int64_t rows, int64_t i, int64_t i_end, const C* ds) {
         const int64_t n = i_end - i;
         for (int64_t r = 0; r < rows; ++r, ds += kColumns) {
+            C* to = dbias_row(b, h, i) + key + r;
             if (!per_query()) {
-                dbias_row(b, h, 0)[p_.bias_shape[3] == 1 ? key / kRowBlock : key + r] += sum_of_row(ds, n);
-            } else if (p_.bias_shape[3] == 1) {
-                for (int64_t c = 0; c < n; ++c) row_sums[c] += ds[c];
+                *to += sum_of_row(ds, n);
             } else {
-                C* to = dbias_row(b, h, i) + key + r;
-                const int64_t step = dbias_columns();
-                for (int64_t c = 0; c < n; ++c) to[c * step] += ds[c];
+                for (int64_t c = 0; c < n; ++c) to[c * p_.bias_shape[3]] += ds[c];
             }
         }
+    }
+
+    // A bias that all keys of a query share changes lse and no weight: sum_j dS_ij = delta - (delta - dlse) sum_j P_ij
+    // is dlse, and 0 for a row that sees nothing; a sum of dS would be of the rounding of its large, cancelling terms.
+    // Beside a sink, which may leave the keys any small part of the weight, it is a sum that does not cancel.
+    void add_dbias_of_rows(const Entry& e, int64_t h, const Head& head) {
+        double total = 0;
+        for (int64_t i = 0; i < e.seqlen_q; ++i) {
+            const size_t n = static_cast<size_t>(i);
+            if (head.lse[n] == kInfinity<C>) continue;
+            const C nan_stays = (head.lse[n] - head.lse[n]) * head.delta[n];
+            const C sum = sums_rows() ? head.ds_sums[n] : head.dlse[n] + nan_stays;
+            if (per_query()) {
+                *dbias_row(e.b, h, i) += sum;
+            } else {
+                total += static_cast<double>(sum);
+            }
+        }
+        if (!per_query()) *dbias_row(e.b, h, 0) += static_cast<C>(total);
     }
 
     template <typename B>
@@ -328,11 +356,8 @@ private:
         for (int64_t b = 0; b < shape[0]; ++b) {
             for (int64_t h = 0; h < shape[1]; ++h) {
                 for (int64_t i = 0; i < shape[2]; ++i) {
-                    C* row = dbias_row(b, h, i);
-                    if (shape[3] == 1) {
-                        for (int64_t c = 1; c < dbias_columns(); ++c) row[0] += row[c];
-                    }
-                    write_row<C, B>(row, C(1), shape[3], at_mutable<B>(p_.dbias, b, h, i), p_.dbias.stride[3]);
+                    write_row<C, B>(dbias_row(b, h, i), C(1), shape[3], at_mutable<B>(p_.dbias, b, h, i),
+                                    p_.dbias.stride[3]);
                 }
             }
         }

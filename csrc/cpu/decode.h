@@ -167,13 +167,15 @@ private:
     // s[r][c] = q_r · k_c.
     template <typename S>
     static void products(int64_t n, const C* q, const S* const* k, int64_t dim, C* s) {
+        constexpr int kMost = std::min(4, L);
         int64_t r = 0;
-        for (; r + 4 <= n; r += 4) products_of<4>(q + r * dim, k, dim, s + r * kBlock);
+        for (; r + kMost <= n; r += kMost) products_of<kMost>(q + r * dim, k, dim, s + r * kBlock);
         for (; r + 2 <= n; r += 2) products_of<2>(q + r * dim, k, dim, s + r * kBlock);
         for (; r < n; ++r) products_of<1>(q + r * dim, k, dim, s + r * kBlock);
     }
     template <int kRows, typename S>
     static void products_of(const C* q, const S* const* k, int64_t dim, C* s) {
+        static_assert(L % kRows == 0, "a vector holds the products of whole keys");
         constexpr int kKeys = L / kRows;
         for (int64_t c = 0; c < kBlock; c += kKeys) {
             Vector<C> sum[L];

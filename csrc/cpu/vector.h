@@ -103,6 +103,7 @@ struct Exp2<float> {
     using Integer = int32_t;
     static constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
     static constexpr float kLowest = -87.33654f;  // ln(2^-126)
+    static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;  // 9 bits, and the rest
     static constexpr int kMantissa = 23;
     static constexpr Integer kExponentBias = 127;
     static constexpr float kCoefficients[] = {1.53458205475e-4f, 1.33999312578e-3f, 9.6184889235e-3f, 5.55032877688e-2f,
@@ -113,8 +114,9 @@ struct Exp2<float> {
 template <>
 struct Exp2<double> {
     using Integer = int64_t;
-    static constexpr double kRound = 6755399441055744.0;   // 1.5 · 2^52
-    static constexpr double kLowest = -708.3964185322641;  // ln(2^-1022)
+    static constexpr double kRound = 6755399441055744.0;                                       // 1.5 · 2^52
+    static constexpr double kLowest = -708.3964185322641;                                      // ln(2^-1022)
+    static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;  // 32 bits, and the rest
     static constexpr int kMantissa = 52;
     static constexpr Integer kExponentBias = 1023;
     static constexpr double kCoefficients[] = {1.3691488853904128e-12, 2.5678435993488205e-11,
@@ -127,18 +129,23 @@ struct Exp2<double> {
 };
 
 // e^x for x <= 0 (a little above is fine); 0 below the smallest normal number; NaN stays NaN. With x log2(e) = n + f,
-// f is taken from x by fused multiply-adds with log2(e) in two parts, so that a large x costs no digits.
-// Relative error below 2^-22 (float), 2^-51 (double) where the processor has fused multiply-adds.
+// f is taken from x so that a large x costs no digits: by fused multiply-adds with log2(e) in two parts, or without
+// them from x - n ln(2), ln(2) in two parts of which n times the first is exact (Cody and Waite 1980).
+// Relative error below 2^-22 (float), 2^-51 (double).
 template <typename C>
 inline Vector<C> exp(Vector<C> x) {
     using E = Exp2<C>;
     using I = Vector<typename E::Integer>;
     constexpr C kHigh = static_cast<C>(kLog2E);
-    constexpr C kLow = static_cast<C>(kLog2ELow + (kLog2E - static_cast<double>(kHigh)));
+    [[maybe_unused]] constexpr C kLow = static_cast<C>(kLog2ELow + (kLog2E - static_cast<double>(kHigh)));
     const Vector<C> shifted = x * splat<C>(kHigh) + splat<C>(E::kRound);
     const Vector<C> n = shifted - splat<C>(E::kRound);
+#if defined(__FMA__) || defined(__aarch64__)
     const Vector<C> high = x * splat<C>(kHigh) - n;
     const Vector<C> f = x * splat<C>(kLow) + high;
+#else
+    const Vector<C> f = (x - n * splat(E::kLn2High) - n * splat(E::kLn2Low)) * splat(kHigh);
+#endif
     Vector<C> p = splat<C>(E::kCoefficients[0]);
     for (size_t k = 1; k < sizeof(E::kCoefficients) / sizeof(C); ++k) {
         p = p * f + splat<C>(E::kCoefficients[k]);
