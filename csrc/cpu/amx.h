@@ -1,5 +1,6 @@
 // The products of bfloat16 attention by AMX tiles: tdpbf16ps adds a 16 x 32 by 32 x 16 product to 16 x 16 floats.
-// Weights and dS enter as the sum of two bfloat16 numbers, 16 bits in all, so that only inputs and results are rounded.
+// In the backward pass P and dS enter as the sum of two bfloat16 numbers, 16 bits in all, so that only inputs and
+// results are rounded; in the forward pass weights are rounded to bfloat16.
 #pragma once
 
 #include "pack.h"
@@ -124,9 +125,10 @@ struct AmxProducts {
     using T = BFloat16;
     using C = float;
     using Matrix = AmxMatrix;
-    static constexpr int64_t kRowBlock = 32, kKeyTile = 256, kUnit = 32;
+    static constexpr int64_t kRowBlock = 32, kKeyTile = 128, kUnit = 32;
     static constexpr int64_t kKeyRows = 128, kQueryColumns = 256;
     static constexpr int64_t kTile = AmxMatrix::kTile;
+    using Blocks = class AmxBlocks;  // amx_forward.h
 
     struct Session {
         Session() {
@@ -143,22 +145,10 @@ struct AmxProducts {
         Session& operator=(const Session&) = delete;
     };
 
-    struct Weights {
-        static constexpr int kVectors = 2;
-        uint16_t *upper, *lower;
-        Weights(C*, Buffer<C>& memory) {
-            upper = reinterpret_cast<uint16_t*>(memory.reserve(kRowBlock * kKeyTile));
-            lower = upper + kRowBlock * kKeyTile;
-        }
-        static int64_t at(int64_t row, int64_t column, int64_t width) {
-            return row / 16 * 16 * width + column / 32 * kTile + row % 16 * 32;
-        }
-        void put(int64_t row, int64_t column, const Vector<C>* w) {
-            const SplitPair pair(w[0], w[1]);
-            _mm512_store_si512(upper + at(row, column, kKeyTile), pair.upper);
-            _mm512_store_si512(lower + at(row, column, kKeyTile), pair.lower);
-        }
-    };
+    // Where an element of a block of left-hand operands, `width` columns to a row, lies in its tiles.
+    static int64_t at(int64_t row, int64_t column, int64_t width) {
+        return row / 16 * 16 * width + column / 32 * kTile + row % 16 * 32;
+    }
 
     static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,
                        int64_t c1, C* s, int64_t s_stride) {
@@ -168,12 +158,6 @@ struct AmxProducts {
             product(left, {y.columns.get() + (first + c) * depth, kTile, 16 * depth}, depth / 32, rows > 16, true,
                     s + c, s_stride, false);
         }
-    }
-
-    static void accumulate_weights(bool careful, const Weights& weights, int64_t rows, int64_t c0, int64_t c1,
-                                   const Matrix& v, int64_t first, C* out) {
-        accumulate(careful, {weights.upper + c0 * 16, kTile, 16 * kKeyTile, weights.lower + c0 * 16}, rows, c1 - c0, v,
-                   first + c0, out);
     }
 
     struct Gradients {
@@ -189,7 +173,7 @@ struct AmxProducts {
         }
         void put(int64_t block, int64_t row, int64_t column, const Vector<C> (*p_)[2], const Vector<C> (*ds_)[2]) {
             for (int a = 0; a < 2; ++a) {
-                const int64_t at = Weights::at(row + 16 * a, column, kQueryColumns);
+                const int64_t at = AmxProducts::at(row + 16 * a, column, kQueryColumns);
                 store_pair(p, at, {p_[a][0], p_[a][1]});
                 store_pair(ds, at, {ds_[a][0], ds_[a][1]});
             }
@@ -259,25 +243,15 @@ struct AmxProducts {
     }
     static constexpr int kKeyLayouts = kRows | kTransposed, kValueLayouts = kRows, kQueryLayouts = kColumns | kPanels;
 
-private:
-    // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth).
-    static void accumulate(bool careful, const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y,
-                           int64_t first, C* sum) {
-        if (careful) return accumulate_carefully(left, rows, depth, y, first, sum);
-        const int64_t dim = y.padded_dim();
-        for (int64_t d = 0; d < dim; d += 32) {
-            const AmxOperand right{y.panels.get() + d * y.padded_seq() + first * 16, kTile, 16 * y.padded_seq()};
-            product(left, right, depth / 32, rows > 16, d + 16 < dim, sum + d, dim, true);
-        }
-    }
-
-    // The same, passing over every zero on the left: an unseen NaN or inf in Y then has no part in the sum.
+    // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth), passing over every zero on the
+    // left: an unseen NaN or inf in Y then has no part in the sum.
     static void accumulate_carefully(const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y,
                                      int64_t first, C* sum) {
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t k = 0; k < depth; ++k) {
                 const int64_t at = i / 16 * left.block + k / 32 * left.step + i % 16 * 32 + k % 16 * 2 + k % 32 / 16;
-                const C x = bits_to_float(uint32_t(left.data[at]) << 16) + bits_to_float(uint32_t(left.rest[at]) << 16);
+                C x = bits_to_float(uint32_t(left.data[at]) << 16);
+                if (left.rest != nullptr) x += bits_to_float(uint32_t(left.rest[at]) << 16);
                 if (x == 0) continue;
                 for (int64_t d = 0; d < y.dim; ++d) {
                     const int64_t from = d / 16 * 16 * y.padded_seq() + (first + k) / 32 * kTile + k % 16 * 32 +
@@ -285,6 +259,18 @@ private:
                     sum[i * y.padded_dim() + d] += x * bits_to_float(uint32_t(y.panels.get()[from]) << 16);
                 }
             }
+        }
+    }
+
+private:
+    // The same by tiles, if it need not be careful.
+    static void accumulate(bool careful, const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y,
+                           int64_t first, C* sum) {
+        if (careful) return accumulate_carefully(left, rows, depth, y, first, sum);
+        const int64_t dim = y.padded_dim();
+        for (int64_t d = 0; d < dim; d += 32) {
+            const AmxOperand right{y.panels.get() + d * y.padded_seq() + first * 16, kTile, 16 * y.padded_seq()};
+            product(left, right, depth / 32, rows > 16, d + 16 < dim, sum + d, dim, true);
         }
     }
 

@@ -218,8 +218,9 @@ private:
         const bool dropout = p_.dropout_threshold != 0;
         if (dropout) {
             tile.keep.resize(static_cast<size_t>(kRowBlock * kColumns));
-            dropout_tile_transposed(p_, e.b, h, i + span.first, std::min(i + span.last, i_end), first + r,
-                                    first + r + rows, tile.keep.data() + span.first, kColumns);
+            Dropout(p_, e.b, h)
+                .tile_transposed(i + span.first, std::min(i + span.last, i_end), first + r, first + r + rows,
+                                 tile.keep.data() + span.first, kColumns);
         }
         const bool plain = span.whole && scores_.plain(), capped = p_.softcap != 0;
         const bool wants_ds = dbias_per_key() || sums_rows();

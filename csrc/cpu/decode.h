@@ -223,7 +223,7 @@ private:
         if (rescale != 1) scale_row(out, rescale, out_dim());
         if (p_.dropout_threshold != 0) {
             tile.keep.assign(kBlock, 0);
-            dropout_tile(p_, e.b, h, i, i + 1, j, j + keys, tile.keep.data(), kBlock);
+            Dropout(p_, e.b, h).tile(i, i + 1, j, j + keys, tile.keep.data(), kBlock);
             for (int64_t c = 0; c < kBlock; ++c) s[c] = tile.keep[static_cast<size_t>(c)] ? s[c] : C(0);
         }
     }

@@ -47,9 +47,11 @@ private:
     };
     struct Tile {
         typename P::Matrix q;
-        Buffer<C> s, weights, out;
+        Buffer<C> out;
         Totals<C, kQueryTile> totals;
+        std::vector<Block> blocks;
         std::vector<uint8_t> keep;
+        typename P::Blocks pipeline;
     };
 
     void query_tile(const Entry& e, int64_t h, int64_t first, const Keys& keys, Tile& tile) {
@@ -64,39 +66,33 @@ private:
         tile.totals.start(rows, sink_of<C>(p_, h));
 
         const int64_t end = e.key_high(first + rows - 1);
+        tile.blocks.clear();
         for (int64_t j = e.key_low(first) / kKeyTile * kKeyTile; j < end; j += kKeyTile) {
             const int64_t j_end = std::min(j + kKeyTile, e.seqlen_k);
             for (int64_t r = 0; r < rows; r += P::kRowBlock) {
-                block(e, h, first, r, std::min(P::kRowBlock, rows - r), j, j_end, keys, out + r * out_dim, tile);
+                const int64_t block_rows = std::min(P::kRowBlock, rows - r);
+                const Span span = scores_.template span<false>(e, h, first + r, block_rows, j, j_end, P::kUnit);
+                if (!span.empty()) tile.blocks.push_back({r, block_rows, j, span, span.whole && scores_.plain()});
             }
         }
-        finish(e, h, first, rows, out, out_dim, tile);
-    }
-
-    // Rows [r, r + rows) of the tile against keys [j, j_end).
-    void block(const Entry& e, int64_t h, int64_t first, int64_t r, int64_t rows, int64_t j, int64_t j_end,
-               const Keys& keys, C* out, Tile& tile) {
-        const Span span = scores_.template span<false>(e, h, first + r, rows, j, j_end, P::kUnit);
-        if (span.empty()) return;
-        C* s = tile.s.reserve(P::kRowBlock * kKeyTile);
-        P::scores(tile.q, r, rows, keys.k, j, span.first, span.last, s, kKeyTile);
-        const bool dropout = p_.dropout_threshold != 0;
-        if (dropout) {
+        const Operands<P> operands{tile.q,        keys.k, keys.v,          keys.careful,
+                                   scores_.scale, out,    tile.totals.top, tile.totals.sum};
+        const auto finish_scores = [&](const Block& b, C* s) {
+            for (int64_t i = 0; i < b.rows; ++i) {
+                scores_.template finish_row<false>(s + i * kKeyTile + b.span.first, e, h, first + b.row + i,
+                                                   b.key + b.span.first, b.key + b.span.last);
+            }
+        };
+        const auto keep = [&](const Block& b) -> const uint8_t* {
+            if (p_.dropout_threshold == 0) return nullptr;
             tile.keep.resize(P::kRowBlock * kKeyTile);
-            dropout_tile(p_, e.b, h, first + r, first + r + rows, j + span.first, std::min(j + span.last, j_end),
-                         tile.keep.data() + span.first, kKeyTile);
-        }
-        const bool plain = span.whole && scores_.plain();
-        if (!plain) {
-            for (int64_t i = 0; i < rows; ++i) {
-                scores_.template finish_row<false>(s + i * kKeyTile + span.first, e, h, first + r + i, j + span.first,
-                                                   j + span.last);
-            }
-        }
-        typename P::Weights weights(s, tile.weights);
-        softmax_block<P>(s, rows, span, plain ? scores_.scale : C(1), dropout ? tile.keep.data() : nullptr, weights,
-                         tile.totals.top + r, tile.totals.sum + r, out, keys.v.padded_dim());
-        P::accumulate_weights(keys.careful, weights, rows, span.first, span.last, keys.v, j, out);
+            Dropout(p_, e.b, h)
+                .tile(first + b.row, first + b.row + b.rows, b.key + b.span.first,
+                      std::min(b.key + b.span.last, e.seqlen_k), tile.keep.data() + b.span.first, kKeyTile);
+            return tile.keep.data();
+        };
+        tile.pipeline.run(operands, tile.blocks, finish_scores, keep);
+        finish(e, h, first, rows, out, out_dim, tile);
     }
 
     void finish(const Entry& e, int64_t h, int64_t first, int64_t rows, const C* out, int64_t out_dim,

@@ -4,7 +4,7 @@
 #include "decode.h"
 #include "forward.h"
 #if defined(__AMX_BF16__)
-#include "amx.h"
+#include "amx_forward.h"
 #endif
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {

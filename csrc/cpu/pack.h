@@ -12,6 +12,7 @@
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
 constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMaxTileColumns = 512;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t count_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
@@ -169,6 +170,9 @@ struct Operand {
     }
 };
 
+template <typename P>
+class BlocksInTurn;  // softmax.h
+
 // The products of attention by vector multiply-add. T is the tensors' type, C the type of scores and sums.
 template <typename T_, typename C_>
 struct VectorProducts {
@@ -183,14 +187,7 @@ struct VectorProducts {
 
     // Runs once in a thread before and after its products.
     struct Session {};
-
-    // Weights of up to kRowBlock rows, each of kKeyTile columns: they take the place of the scores.
-    struct Weights {
-        C* data;
-        explicit Weights(C* scores, Buffer<C>&) : data(scores) {}
-        static constexpr int kVectors = 1;
-        void put(int64_t row, int64_t column, const Vector<C>* w) { store<C>(data + row * kKeyTile + column, *w); }
-    };
+    using Blocks = BlocksInTurn<VectorProducts>;
 
     // s (rows x [c0, c1)) = X[row .. row + rows) · Yᵀ, columns counted from Y's row `first`, at s + column.
     static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,
@@ -258,12 +255,6 @@ struct VectorProducts {
     }
     static const C* dq_row(const C* dq, int64_t i, int64_t dim, C*) { return dq + i * round_up(dim, kLanes<C>); }
     static constexpr int kKeyLayouts = kRows | kPanels, kValueLayouts = kRows, kQueryLayouts = kColumns | kPanels;
-
-    static void accumulate_weights(bool careful, const Weights& weights, int64_t rows, int64_t c0, int64_t c1,
-                                   const Matrix& v, int64_t first, C* out) {
-        const int64_t depth = std::min(c1, v.seq - first) - c0;
-        accumulate(careful, rows, {weights.data + c0, kKeyTile, 1}, v, first + c0, depth, out);
-    }
 };
 
 }  // namespace fastattn::cpu::FASTATTN_CPU_ISA

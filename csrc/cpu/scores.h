@@ -1,13 +1,9 @@
-// What happens to a row of raw products q·k on its way to a softmax: scale, bias, visibility, dropout.
+// What happens to a row of raw products q·k on its way to a softmax: scale, bias, visibility.
 #pragma once
 
-#include <algorithm>
-
-#include "pack.h"
+#include "dropout.h"
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
-
-constexpr int64_t kMaxTileColumns = 512;
 
 // One sequence of the call: where it lies, its lengths, and which keys its window and prefix leave to a query.
 struct Entry {
@@ -241,53 +237,5 @@ struct Scores {
         }
     }
 };
-
-// Philox4x32-10 (Salmon et al., SC 2011).
-struct Philox {
-    uint32_t word[4];
-
-    Philox(uint64_t seed, uint64_t j4, uint64_t i, uint64_t bh)
-        : word{static_cast<uint32_t>(j4), static_cast<uint32_t>(i), static_cast<uint32_t>(bh),
-               static_cast<uint32_t>(bh >> 32)} {
-        uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-        for (int round = 0; round < 10; ++round) {
-            const uint64_t p0 = 0xD2511F53ull * word[0], p1 = 0xCD9E8D57ull * word[2];
-            const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ word[1] ^ k0;
-            const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ word[3] ^ k1;
-            word[0] = n0, word[1] = static_cast<uint32_t>(p1), word[2] = n2, word[3] = static_cast<uint32_t>(p0);
-            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-        }
-    }
-};
-
-// keep[i - i0][j - j0] for a tile, 1 = kept.
-inline void dropout_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                         uint8_t* keep, int64_t stride) {
-    const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
-    const uint64_t bh = static_cast<uint64_t>(b * p.heads_q + h);
-    for (int64_t i = i0; i < i1; ++i) {
-        for (int64_t j4 = j0 / 4; j4 * 4 < j1; ++j4) {
-            const Philox random(seed, static_cast<uint64_t>(j4), static_cast<uint64_t>(i), bh);
-            for (int64_t j = std::max(j0, j4 * 4); j < std::min(j1, j4 * 4 + 4); ++j) {
-                keep[(i - i0) * stride + (j - j0)] = random.word[j % 4] >= p.dropout_threshold;
-            }
-        }
-    }
-}
-
-// The same, transposed: keep[j - j0][i - i0].
-inline void dropout_tile_transposed(const AttentionParams& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0,
-                                    int64_t j1, uint8_t* keep, int64_t stride) {
-    const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
-    const uint64_t bh = static_cast<uint64_t>(b * p.heads_q + h);
-    for (int64_t i = i0; i < i1; ++i) {
-        for (int64_t j4 = j0 / 4; j4 * 4 < j1; ++j4) {
-            const Philox random(seed, static_cast<uint64_t>(j4), static_cast<uint64_t>(i), bh);
-            for (int64_t j = std::max(j0, j4 * 4); j < std::min(j1, j4 * 4 + 4); ++j) {
-                keep[(j - j0) * stride + (i - i0)] = random.word[j % 4] >= p.dropout_threshold;
-            }
-        }
-    }
-}
 
 }  // namespace fastattn::cpu::FASTATTN_CPU_ISA

@@ -1,6 +1,8 @@
 // The online softmax of a block of rows.
 #pragma once
 
+#include <vector>
+
 #include "scores.h"
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
@@ -54,58 +56,100 @@ struct Totals {
     }
 };
 
-// weights = exp(scale · row - base) for columns [first, last), with dropout's choice where kDropout; adds to sum.
-template <typename P, bool kDropout, typename C>
-inline void exponentials(const C* row, int64_t r, const Span& span, C scale, C base, const uint8_t* keep,
-                         typename P::Weights& weights, Vector<C>& sum) {
-    constexpr int L = kLanes<C>, kVectors = P::Weights::kVectors, kUnroll = 4 / kVectors;
+// Rows [row, row + rows) of a tile of queries by columns `span` of the keys from `key` on.
+struct Block {
+    int64_t row, rows, key;
+    Span span;
+    bool plain;  // the scores are the products times the call's scale
+};
+
+// What a tile of queries of one head and its keys are computed from and into.
+template <typename P>
+struct Operands {
+    using C = typename P::C;
+    const typename P::Matrix &q, &k, &v;
+    bool careful;    // v holds inf or NaN, and some query may not see it
+    C scale;         // of plain blocks
+    C* out;          // (rows, padded dim of v), 0 at first
+    C* top;          // each row's largest score so far
+    Vector<C>* sum;  // of each row's weights, in lanes
+};
+
+// row = exp(scale · row - base) for columns [first, last), with dropout's choice where kDropout; adds to sum.
+template <bool kDropout, typename C>
+inline void exponentials(C* row, const Span& span, C scale, C base, const uint8_t* keep, Vector<C>& sum) {
+    constexpr int L = kLanes<C>;
     const Vector<C> minus = splat(-base), factor = splat(scale);
     Vector<C> part[4] = {};
-    const auto step = [&](int64_t c, Vector<C>* total) __attribute__((always_inline)) {
-        Vector<C> w[kVectors];
-#pragma GCC unroll 2
-        for (int u = 0; u < kVectors; ++u) {
-            w[u] = exp<C>(load<C>(row + c + u * L) * factor + minus);
-            total[u] += w[u];
-            if constexpr (kDropout) w[u] = kept_only<C>(w[u], keep + c + u * L);
-        }
-        weights.put(r, c, w);
+    const auto step = [&](int64_t c, Vector<C>& total) __attribute__((always_inline)) {
+        Vector<C> w = exp<C>(load<C>(row + c) * factor + minus);
+        total += w;
+        if constexpr (kDropout) w = kept_only<C>(w, keep + c);
+        store<C>(row + c, w);
     };
     int64_t c = span.first;
     for (; c + 4 * L <= span.last; c += 4 * L) {
 #pragma GCC unroll 4
-        for (int u = 0; u < kUnroll; ++u) step(c + u * kVectors * L, part + u * kVectors);
+        for (int u = 0; u < 4; ++u) step(c + u * L, part[u]);
     }
-    for (; c < span.last; c += kVectors * L) step(c, part);
+    for (; c < span.last; c += L) step(c, part[0]);
     sum += (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// Turns rows of scores t = scale · s into weights exp(t - top), top being each row's maximum so far, and scales what
-// was summed before, `out` (rows x dim) included. keep: dropout's choice, or null.
-template <typename P, typename C>
-inline void softmax_block(const C* s, int64_t rows, const Span& span, C scale, const uint8_t* keep,
-                          typename P::Weights& weights, C* top, Vector<C>* sum, C* out, int64_t dim) {
-    constexpr int L = kLanes<C>;
-    constexpr int64_t kMost = (P::kRowBlock + L - 1) / L * L;
-    C base[kMost] = {}, rescale[kMost] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-        const C before = top[r], highest = scale * largest(s + r * P::kKeyTile, span.first, span.last);
-        top[r] = highest > before ? highest : before;
-        // Nothing seen yet: 0 in place of -inf, so that -inf - top is -inf, and a NaN stays one.
-        base[r] = top[r] == -kInfinity<C> ? C(0) : top[r];
-        rescale[r] = before - base[r];
-    }
-    for (int64_t r = 0; r < rows; r += L) store<C>(rescale + r, exp<C>(load<C>(rescale + r)));
-    for (int64_t r = 0; r < rows; ++r) {
-        sum[r] *= splat(rescale[r]);
-        if (rescale[r] != 1) scale_row(out + r * dim, rescale[r], dim);
-        if (keep == nullptr) {
-            exponentials<P, false>(s + r * P::kKeyTile, r, span, scale, base[r], keep, weights, sum[r]);
-        } else {
-            exponentials<P, true>(s + r * P::kKeyTile, r, span, scale, base[r], keep + r * P::kKeyTile, weights,
-                                  sum[r]);
+// Blocks one after the other: scores, their softmax in place, their part of the output.
+template <typename P>
+class BlocksInTurn {
+    using C = typename P::C;
+
+public:
+    // finish(block, s): turns products into scores in place where a block is not plain. keep(block): dropout's choice,
+    // or null. s and keep have kKeyTile columns and begin at the block's row and key.
+    template <typename Finish, typename Keep>
+    void run(const Operands<P>& o, const std::vector<Block>& blocks, const Finish& finish, const Keep& keep) {
+        C* s = s_.reserve(P::kRowBlock * P::kKeyTile);
+        const int64_t dim = o.v.padded_dim();
+        for (const Block& b : blocks) {
+            P::scores(o.q, b.row, b.rows, o.k, b.key, b.span.first, b.span.last, s, P::kKeyTile);
+            if (!b.plain) finish(b, s);
+            softmax(o, b, s, keep(b));
+            const int64_t depth = std::min(b.span.last, o.v.seq - b.key) - b.span.first;
+            P::accumulate(o.careful, b.rows, {s + b.span.first, P::kKeyTile, 1}, o.v, b.key + b.span.first, depth,
+                          o.out + b.row * dim);
         }
     }
-}
+
+private:
+    // Turns rows of scores t = scale · s into weights exp(t - top), top being each row's maximum so far, and scales
+    // what was summed before, the output included.
+    static void softmax(const Operands<P>& o, const Block& b, C* s, const uint8_t* keep) {
+        constexpr int L = kLanes<C>;
+        constexpr int64_t kMost = (P::kRowBlock + L - 1) / L * L;
+        const C scale = b.plain ? o.scale : C(1);
+        const int64_t dim = o.v.padded_dim();
+        C base[kMost] = {}, rescale[kMost] = {};
+        for (int64_t r = 0; r < b.rows; ++r) {
+            C& top = o.top[b.row + r];
+            const C before = top, highest = scale * largest(s + r * P::kKeyTile, b.span.first, b.span.last);
+            top = highest > before ? highest : before;
+            // Nothing seen yet: 0 in place of -inf, so that -inf - top is -inf, and a NaN stays one.
+            base[r] = top == -kInfinity<C> ? C(0) : top;
+            rescale[r] = before - base[r];
+        }
+        for (int64_t r = 0; r < b.rows; r += L) store<C>(rescale + r, exp<C>(load<C>(rescale + r)));
+        for (int64_t r = 0; r < b.rows; ++r) {
+            Vector<C>& sum = o.sum[b.row + r];
+            sum *= splat(rescale[r]);
+            if (rescale[r] != 1) scale_row(o.out + (b.row + r) * dim, rescale[r], dim);
+            C* row = s + r * P::kKeyTile;
+            if (keep == nullptr) {
+                exponentials<false>(row, b.span, scale, base[r], keep, sum);
+            } else {
+                exponentials<true>(row, b.span, scale, base[r], keep + r * P::kKeyTile, sum);
+            }
+        }
+    }
+
+    Buffer<C> s_;
+};
 
 }  // namespace fastattn::cpu::FASTATTN_CPU_ISA
