@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
+from fastattn import dispatch, reference
 from tests.cases import Case
 from tests.tolerance import assert_close_to_oracle
 
@@ -51,7 +51,17 @@ CASES = [
     case("d256-wraps", 256, (66, 401), layout="bhsd"),
     case("d256-causal", 256, (150, 161), (2, 1), causal=True),
 ]
-DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES)}
+# Up to 16 rows of queries and heads. Tiles of 64 keys; six stages at head_dim 64, else three; the emulated device has
+# room for eight blocks, four at head_dim 256, among which the keys are split.
+DECODE = [
+    case("decode-d64-wraps", 64, (1, 13 * 64 + 1), (4, 2), batch=2, used_k=(833, 300), num_splits=1),
+    case("decode-d64-split", 64, (1, 9 * 64 - 1), (8, 1), used_k=(575,)),
+    case("decode-d128-causal", 128, (3, 450), (10, 2), used_k=(450,), causal=True),
+    case("decode-d128-empty-splits", (120, 104), (16, 130), batch=2, used_k=(1, 130), num_splits=5),
+    case("decode-d256-window", (200, 256), (2, 350), (6, 1), used_k=(333,), window=(150, 0), num_splits=3),
+    case("decode-more-queries-than-keys", 64, (12, 70), used_k=(9,), causal=True),
+]
+DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +107,39 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
             assert torch.equal(first[name], actual[name]), f"{name} depends on the order of threads"
 
 
+@pytest.mark.parametrize("case", DECODE, ids=lambda c: c.name)
+def test_decode(case: Case, emulated: EmulatedBackend) -> None:
+    """Key lengths are given, so that the backward is another kernel, without bulk copies."""
+    inputs = case.make(DTYPES[case.name])
+    naive, oracle = inputs.naive(), inputs.oracle()
+    for b, n in enumerate(case.used_k):  # what lies behind the last key of a cache
+        inputs.k[b, :, n:], inputs.v[b, :, n:] = math.nan, math.inf
+    first: dict[str, torch.Tensor] = {}
+    for seed in (0, 1, 2):
+        emulated.emulator.configure(seed=seed)
+        emulated.emulator.statistics()
+        actual = inputs.run(fastattn.attention, backend="cuda")
+        used = emulated.emulator.statistics()
+        assert used.bulk_copies > 0 and used.wgmma == 0 and used.ldmatrix_conflicts == 0
+        for name in ("out", "lse"):
+            assert_close_to_oracle(actual[name], naive[name], oracle[name], f"{case.name} {name}, order {seed}")
+            assert torch.equal(first.setdefault(name, actual[name]), actual[name]), f"{name} depends on the order"
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_a_broken_key_reaches_the_decoded_queries_that_see_it(dim: int, emulated: EmulatedBackend) -> None:
+    q, k, v = (torch.randn(1, heads, n, dim).half() for heads, n in ((3, 4), (1, 300), (1, 300)))
+    v[0, 0, 298, 3], k[0, 0, 299] = math.inf, math.nan
+    out, lse = fastattn.attention(q, k, v, causal=True, backend="cuda", return_lse=True)
+    assert emulated.emulator.statistics().bulk_copies > 0
+    assert out[:, :, 3].isnan().all() and lse[:, :, 3].isnan().all()
+    assert out[:, :, 2, 3].isinf().all()
+    out[:, :, 2, 3] = 0
+    assert out[:, :, :3].isfinite().all() and lse[:, :, :3].isfinite().all()
+    part = reference.attention(q[:, :, :2], k[:, :, :298], v[:, :, :298], causal=True)
+    assert_close_to_oracle(out[:, :, :2], part, part.double(), "the queries before")
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_invisible_keys_reach_nothing(dim: int, poison: float) -> None:
@@ -136,7 +179,9 @@ def test_what_runs_is_said_and_can_be_chosen(
 
     assert "Hopper (sm_90a: TMA, wgmma), forward, tiles of 192 queries x 128 keys" in said(q, k, v)
     assert "not the Hopper forward (a mask) but" in said(q, k, v, mask=torch.ones(64, 64, dtype=torch.bool))
-    assert "not the Hopper forward (seqlen_q 1: up to 16 split the keys) but" in said(q[:, :, :1], k, v)
+    assert "Hopper (sm_90a: TMA), decoding, tiles of 16 rows x 64 keys, 6 stages" in said(q[:, :, :1], k, v)
+    many = (q[:, :, :6].expand(1, 3, 6, 64), k, v)
+    assert "not the Hopper forward (seqlen_q 6: with 3 heads to a head of keys 18 rows, at most 16" in said(*many)
     wide = (torch.randn(1, 1, 64, 192).half().requires_grad_() for _ in range(3))
     assert "not the Hopper backward (head_dim 192: the backward takes at most 128) but" in said(*wide)
     monkeypatch.setenv("FASTATTN_CUDA_KERNELS", "sm80")

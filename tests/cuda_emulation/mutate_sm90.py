@@ -53,7 +53,7 @@ class Trial(mutate.Trial):
         cuda._C = module
         backend = EmulatedBackend(Emulator(module))
         dispatch.get_backend = lambda name: backend  # type: ignore[assignment]
-        for seed, deterministic in ((0, False), (1, True), (2, False)):
+        for seed, deterministic in ((0, True), (1, False), (2, False)):
             backend.emulator.configure(seed)
             torch.use_deterministic_algorithms(deterministic)
             for name, inputs, naive, oracle in self.cases:
