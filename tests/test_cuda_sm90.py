@@ -1,7 +1,4 @@
-"""The Hopper kernels (TMA, mbarrier, wgmma), compiled as ordinary C++ and run on the CPU. No GPU takes part.
-
-Shapes wrap the rings of two stages, end one key before, at and after a tile, and leave tiles without a visible key.
-"""
+"""The Hopper kernels (TMA, mbarrier, wgmma), compiled as ordinary C++ and run on the CPU. No GPU takes part."""
 
 from __future__ import annotations
 
@@ -24,43 +21,8 @@ if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
+from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, spoil_unused_keys
 
-
-def case(
-    name: str, dims: int | tuple[int, int], seq: tuple[int, int], heads: tuple[int, int] = (1, 1), **more: Any
-) -> Case:
-    sizes = dict(zip(("seqlen_q", "seqlen_k", "heads_q", "heads_k"), (*seq, *heads), strict=True))
-    dims = dims if isinstance(dims, tuple) else (dims, dims)
-    options = {"batch": 1, "layout": "bshd", **sizes, **more}
-    return Case(name, head_dim_qk=dims[0], head_dim_v=dims[1], **options)
-
-
-# Tiles of keys: 128 at head_dim 64 and 96; 176 at 128, 128 with a band; 112 at 192; 80 at 256.
-CASES = [
-    case("d64-wraps", 64, (193, 5 * 128), (4, 2)),
-    case("d64-causal", 64, (200, 391), (2, 1), batch=2, causal=True),
-    case("d64-more-queries-than-keys", 64, (300, 129), causal=True),
-    case("d96-one-short", 96, (70, 2 * 128 - 1)),
-    case("d96-window", 96, (190, 330), window=(70, 20), offset=60),
-    case("d128-one-over", 128, (130, 2 * 176 + 1), (2, 1)),
-    case("d128-wraps", (128, 120), (65, 5 * 176)),
-    case("d128-causal-top-left", 128, (310, 310), (2, 2), causal=True, offset=0),
-    case("d128-more-queries-than-keys", 128, (400, 77), causal=True),
-    case("d128-narrow", (72, 104), (90, 200), layout="bhsd"),
-    case("d192-causal", (192, 128), (140, 337), causal=True),
-    case("d256-wraps", 256, (66, 401), layout="bhsd"),
-    case("d256-causal", 256, (150, 161), (2, 1), causal=True),
-]
-# Up to 16 rows of queries and heads. Tiles of 64 keys; six stages at head_dim 64, else three; the emulated device has
-# room for eight blocks, four at head_dim 256, among which the keys are split.
-DECODE = [
-    case("decode-d64-wraps", 64, (1, 13 * 64 + 1), (4, 2), batch=2, used_k=(833, 300), num_splits=1),
-    case("decode-d64-split", 64, (1, 9 * 64 - 1), (8, 1), used_k=(575,)),
-    case("decode-d128-causal", 128, (3, 450), (10, 2), used_k=(450,), causal=True),
-    case("decode-d128-empty-splits", (120, 104), (16, 130), batch=2, used_k=(1, 130), num_splits=5),
-    case("decode-d256-window", (200, 256), (2, 350), (6, 1), used_k=(333,), window=(150, 0), num_splits=3),
-    case("decode-more-queries-than-keys", 64, (12, 70), used_k=(9,), causal=True),
-]
 DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
 
 
@@ -109,16 +71,14 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
 
 @pytest.mark.parametrize("case", DECODE, ids=lambda c: c.name)
 def test_decode(case: Case, emulated: EmulatedBackend) -> None:
-    """Key lengths are given, so that the backward is another kernel, without bulk copies."""
     inputs = case.make(DTYPES[case.name])
     naive, oracle = inputs.naive(), inputs.oracle()
-    for b, n in enumerate(case.used_k):  # what lies behind the last key of a cache
-        inputs.k[b, :, n:], inputs.v[b, :, n:] = math.nan, math.inf
+    spoil_unused_keys(inputs)
     first: dict[str, torch.Tensor] = {}
     for seed in (0, 1, 2):
         emulated.emulator.configure(seed=seed)
         emulated.emulator.statistics()
-        actual = inputs.run(fastattn.attention, backend="cuda")
+        actual = decode(inputs)
         used = emulated.emulator.statistics()
         assert used.bulk_copies > 0 and used.wgmma == 0 and used.ldmatrix_conflicts == 0
         for name in ("out", "lse"):

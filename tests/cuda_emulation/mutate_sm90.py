@@ -1,9 +1,10 @@
 """Mutation testing of the Hopper kernels: what ``mutate`` does, with cases that those kernels take.
 
     python -m tests.cuda_emulation.mutate_sm90 csrc/cuda/sm90/forward.h csrc/cuda/sm90/backward.h
+    python -m tests.cuda_emulation.mutate_sm90 csrc/cuda/sm90/decode.h --only decode
 
 Each case runs under three orders of threads, the backward with sums of dQ by bulk additions and without; then once more
-with NaN in keys, values and queries that the band makes invisible.
+with NaN in keys and values that the band makes invisible. ``--only decode`` or ``long``: some kernels and their cases.
 """
 
 from __future__ import annotations
@@ -17,19 +18,15 @@ import torch
 import fastattn
 from fastattn import dispatch
 from fastattn.backends import cuda
-from tests.cases import Case
 from tests.cuda_emulation import mutate
 from tests.cuda_emulation.backend import EmulatedBackend, Emulator
 from tests.cuda_emulation.build import load
+from tests.cuda_emulation.hopper_cases import DECODE, case, decode, spoil_unused_keys
 from tests.tolerance import assert_close_to_oracle
 
-OBJECTS = r"sm90-(dispatch|(forward|backward)-BFloat16-64|backward-BFloat16-128|forward-BFloat16-128)\.o"
-OBJECTS += r"|sm80-(prepare-BFloat16|dq-BFloat16-(64|128)-false)\.o"
-
-
-def case(name: str, dim: int, seq: tuple[int, int], heads: tuple[int, int], **more: object) -> Case:
-    sizes = {"seqlen_q": seq[0], "seqlen_k": seq[1], "heads_q": heads[0], "heads_k": heads[1], "batch": 1}
-    return Case(name, head_dim_qk=dim, head_dim_v=dim, layout="bshd", **{**sizes, **more})  # type: ignore[arg-type]
+LONG = r"sm90-(forward|backward)-BFloat16-(64|128)\.o|sm80-(prepare-BFloat16|dq-BFloat16-(64|128)-false)\.o"
+OBJECTS = {"long": LONG, "decode": r"sm90-decode-BFloat16-(64|128|256)\.o"}
+OBJECTS[""] = "|".join(OBJECTS.values())
 
 
 # Two stages each: more tiles of keys than go round twice, several tiles of queries to a persistent block.
@@ -38,6 +35,7 @@ CASES = (
     case("wraps", 64, (70, 4 * 128 + 1), (2, 1)),
     case("causal", 64, (330, 129), (2, 1), causal=True),
     case("wide", 128, (150, 190), (2, 1), causal=True),
+    *DECODE,
 )
 
 
@@ -45,6 +43,8 @@ class Trial(mutate.Trial):
     def __init__(self, names: list[str], dtype: torch.dtype) -> None:
         made = [(c.name, c.make(dtype)) for c in CASES if c.name in names]
         self.cases = [(name, inputs, inputs.naive(), inputs.oracle()) for name, inputs in made]
+        for _, inputs, *_ in self.cases:
+            spoil_unused_keys(inputs)
 
     def _run(self, library: Path) -> None:
         sys.setdlopenflags(os.RTLD_LAZY)  # not every kernel has been built
@@ -57,12 +57,14 @@ class Trial(mutate.Trial):
             backend.emulator.configure(seed)
             torch.use_deterministic_algorithms(deterministic)
             for name, inputs, naive, oracle in self.cases:
-                for key, value in inputs.run(fastattn.attention, backend="cuda").items():
+                short = inputs.case.used_k is not None
+                found = decode(inputs) if short else inputs.run(fastattn.attention, backend="cuda")
+                for key, value in found.items():
                     assert_close_to_oracle(value, naive[key], oracle[key], f"{name} {key}, seed {seed}")
-            if not backend.emulator.statistics().wgmma:
-                raise AssertionError("other kernels ran")
+                if not backend.emulator.statistics().bulk_copies:
+                    raise AssertionError("other kernels ran")
         torch.use_deterministic_algorithms(False)
-        for dim in (64, 128):
+        for dim in (64, 128) if any(inputs.case.used_k is None for _, inputs, *_ in self.cases) else ():
             self._run_poisoned(dim)
 
     def _run_poisoned(self, dim: int) -> None:
@@ -83,12 +85,13 @@ class Trial(mutate.Trial):
 
 def main() -> None:
     mutate.Trial = Trial  # type: ignore[misc]
-    arguments = sys.argv[1:]
-    if "--objects" not in arguments:
-        arguments += ["--objects", OBJECTS]
-    if "--cases" not in arguments:
-        arguments += ["--cases", *(c.name for c in CASES)]
-    sys.argv[1:] = arguments
+    arguments, only = sys.argv[1:], ""
+    if "--only" in arguments:
+        at = arguments.index("--only")
+        only = arguments[at + 1]
+        del arguments[at : at + 2]
+    names = [c.name for c in CASES if not only or (c.used_k is not None) == (only == "decode")]
+    sys.argv[1:] = [*arguments, "--objects", rf"sm90-dispatch\.o|{OBJECTS[only]}", "--cases", *names]
     mutate.main()
 
 
