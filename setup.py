@@ -110,10 +110,11 @@ def cuda_sources(hopper: bool = True) -> list[Source]:
 def hopper_sources() -> list[Source]:
     timed = ("-DFASTATTN_SM90_VARIANTS",) if os.environ.get("FASTATTN_SM90_VARIANTS") == "1" else ()
     sources = [Source("csrc/cuda/sm90/dispatch.cu", flags=timed, hopper=True)]
-    for direction, dims in (("forward", (64, 96, 128, 192, 256)), ("backward", (64, 128))):
+    kernels = {"forward": (64, 96, 128, 192, 256), "backward": (64, 128), "decode": (64, 128, 256)}
+    for kernel, dims in kernels.items():
         for dtype in ("Half", "BFloat16"):
             for dim in dims:
-                sources.append(Source(f"csrc/cuda/sm90/{direction}.cu", _defines(dtype, str(dim)), timed, hopper=True))
+                sources.append(Source(f"csrc/cuda/sm90/{kernel}.cu", _defines(dtype, str(dim)), timed, hopper=True))
     return sources
 
 

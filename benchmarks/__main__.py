@@ -5,6 +5,8 @@
     python -m benchmarks attention calls            some suites
     python -m benchmarks report results.json        tables and plot anew from rows
     python -m benchmarks tune                       Triton's configs and variants, on a GPU, beside torch's kernels
+    python -m benchmarks cuda --seconds 240         CUDA kernels and their variants, on a GPU, beside cuDNN and FA3
+    python -m benchmarks order results.json         who is asked first on a GPU: fastattn/measured.py, from rows
 
 Exits with 1 if a check fails.
 """
@@ -29,21 +31,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="*", default=["all"], help=f"all, {', '.join(SUITES)}; or report, followed by result files"
+        "what", nargs="*", default=["all"], help=f"all, {', '.join(SUITES)}; tune; cuda; or report or order, then files"
     )
     parser.add_argument("--text", type=Path, help="text to check on (default: the project's documentation)")
     parser.add_argument("--out", type=Path, help="folder for results (default: benchmarks/out)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where torch sees a GPU)")
     parser.add_argument("--quick", action="store_true", help="one small case per suite: does it run, not how fast")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of cuda: what the whole run may take (240)")
     parsed = parser.parse_args(arguments)
-    if parsed.what[0] == "report":
+    if parsed.what[0] in ("report", "order"):
         if len(parsed.what) == 1:
-            parser.error("report needs a results.json")
+            parser.error(f"{parsed.what[0]} needs a results.json")
         for name in parsed.what[1:]:
             _check_results(parser, Path(name))
         return parsed
     _check_device(parser, parsed.device)
-    if parsed.what == ["tune"]:
+    if parsed.what in (["tune"], ["cuda"]):
         return parsed
     unknown = sorted(set(parsed.what) - {*SUITES, "all"})
     if unknown:
@@ -89,11 +92,20 @@ def main(arguments: Sequence[str]) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     if options.what[0] == "report":
         return _report(options)
+    if options.what[0] == "order":
+        from benchmarks.order import run as order
+
+        return order([Path(name) for name in options.what[1:]])
     device = torch.device(options.device or ("cuda" if gpu else "cpu"))
     if options.what == ["tune"]:
         from benchmarks.tune import run as tune
 
         return tune(options.out or Path(__file__).parent / "out", device, options.quick, list(arguments))
+    if options.what == ["cuda"]:
+        from benchmarks.cuda import run as cuda
+
+        out = options.out or Path(__file__).parent / "out"
+        return cuda(out, device, options.quick, options.seconds, list(arguments))
     from benchmarks.session import run
 
     return run(options, device, arguments)

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from fastattn import measured
 from fastattn.backends.base import Backend
 from fastattn.spec import AttentionSpec
 
@@ -20,9 +21,9 @@ _CLASSES = {
     "reference": ("fastattn.backends.reference", "ReferenceBackend"),
 }
 
-#: Who is asked first, per device type. Triton stands before the CUDA kernels; neither has run on a GPU yet, so this
-#: order has not been measured. On the CPU `benchmarks/` shows the C++ kernels ahead of the reference in every row;
-#: Triton there is the interpreter, for checking only.
+#: Who is asked first, per device type, where ``measured.FASTEST`` says nothing about the call. Triton stands before the
+#: CUDA kernels; neither has run on a GPU yet, so this order has not been measured. On the CPU `benchmarks/` shows the
+#: C++ kernels ahead of the reference in every row; Triton there is the interpreter, for checking only.
 ORDER = {
     "cpu": ("cpu", "reference", "triton"),
     "cuda": ("triton", "cuda", "reference"),
@@ -56,14 +57,46 @@ def backends() -> dict[str, Backend]:
     return {name: get_backend(name) for name in _CLASSES}
 
 
+@cache
+def _architecture() -> str:
+    """The current GPU, as ``measured.FASTEST`` names it; "" for none."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return ""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def _fastest(spec: AttentionSpec, direction: str) -> str | None:
+    """What was measured to be fastest for such calls, None where nothing was: at the next larger head_dim (or the
+    largest), and at the next smaller number of keys (or the smallest)."""
+    if spec.device != "cuda" or not measured.FASTEST or spec.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if spec.mask or spec.bias or spec.dropout_p or spec.features():
+        return None
+    kind = "decode" if spec.seqlen_q <= 16 else "full" if spec.window == (None, None) else "causal"
+    by_dim = measured.FASTEST.get(_architecture(), {}).get((direction, kind))
+    if not by_dim:
+        return None
+    asked = max(spec.head_dim_qk, spec.head_dim_v)
+    steps = by_dim[min((dim for dim in by_dim if dim >= asked), default=max(by_dim))]
+    return next((name for keys, name in reversed(steps) if keys <= spec.seqlen_k), steps[0][1])
+
+
+def order(spec: AttentionSpec, direction: str = "forward") -> tuple[str, ...]:
+    """Who is asked, in turn, for this direction of the call."""
+    stated = ORDER.get(spec.device, ("reference",))
+    first = _fastest(spec, direction)
+    return stated if first is None else (first, *(name for name in stated if name != first))
+
+
 def reasons_against(backend: Backend, spec: AttentionSpec) -> list[str]:
     """Why this backend cannot run this call here; empty when it can."""
     unavailable = backend.unavailable_reason()
     return [unavailable] if unavailable else backend.unsupported_reasons(spec)
 
 
-def select(spec: AttentionSpec, backend: str = "") -> Backend:
-    """The backend that runs this call: the one named, or the first of the device's order that has no reason against it.
+def select(spec: AttentionSpec, backend: str = "", direction: str = "forward") -> Backend:
+    """The backend that runs this direction of the call: the one named, or the first of :func:`order` that has no reason
+    against it.
 
     Raises:
         RuntimeError: a backend was named and cannot run the call; the message gives its reasons. There is no fallback.
@@ -74,7 +107,7 @@ def select(spec: AttentionSpec, backend: str = "") -> Backend:
         if reasons := reasons_against(chosen, spec):
             raise RuntimeError(f"backend {backend!r} cannot run this call ({spec}): {'; '.join(reasons)}")
         return chosen
-    for name in ORDER.get(spec.device, ("reference",)):
+    for name in order(spec, direction):
         if not reasons_against(get_backend(name), spec):
             return get_backend(name)
     raise AssertionError("the reference backend runs everything")
@@ -121,15 +154,20 @@ def describe(spec: AttentionSpec | None, backend: str = "") -> str:
     lines = [f"attention: {spec}"]
     if spec.is_empty:
         return "\n".join([*lines, "  runs nothing: a size is 0, the output is empty or zero"])
-    order = [backend] if backend else list(ORDER.get(spec.device, ("reference",)))
+    asked = [backend] if backend else list(order(spec))
+    back = "" if backend or not (spec.needs_grad or spec.needs_bias_grad) else select(spec, "", "backward").name
     runs = None
-    for name in [*order, *(n for n in _CLASSES if n not in order)]:
+    for name in [*asked, *(n for n in _CLASSES if n not in asked)]:
         candidate = get_backend(name)
         reasons = reasons_against(candidate, spec)
         if reasons:
             text = f"no: {'; '.join(reasons)}"
-        elif runs is None and name in order:
-            runs, text = name, f"RUNS: {candidate.configuration(spec)}"
+        elif runs is None and name in asked:
+            runs = name
+            part = "RUNS" if back in ("", name) else "RUNS the forward"
+            text = f"{part}: {candidate.configuration(spec)}"
+        elif name == back:
+            text = f"RUNS the backward: {candidate.configuration(spec)}"
         else:
             text = f"could: {candidate.configuration(spec)}"
         lines.append(f"  {name:<10} {text}")

@@ -91,7 +91,9 @@ def make_spec(t: Tensors, call: Call) -> AttentionSpec:
     )
 
 
-def find_plan(t: Tensors, others: Others, call: Call) -> tuple[AttentionSpec, Backend | None]:
+def find_plan(
+    t: Tensors, others: Others, call: Call, direction: str = "forward"
+) -> tuple[AttentionSpec, Backend | None]:
     """The spec and its backend (None: nothing to compute), remembered by everything that they depend on."""
     q, bias = t.q, t.bias
     key = (
@@ -104,11 +106,12 @@ def find_plan(t: Tensors, others: Others, call: Call) -> tuple[AttentionSpec, Ba
         t.sinks is None,
         tuple([x if x is None else x.shape for x in others]) if others else (),
         call,
+        direction,
     )
     plan = _plans.get(key)
     if plan is None:
         spec = make_spec(t, call)
-        chosen = dispatch.select(spec, call[7])
+        chosen = dispatch.select(spec, call[7], direction)
         plan = (spec, None if spec.is_empty else chosen)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
@@ -141,7 +144,7 @@ def _backward(
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = Tensors(q, k, v, bias, sinks, *others)
-    spec, backend = find_plan(t, others, call)
+    spec, backend = find_plan(t, others, call, "backward")
     if backend is None:
         gradients = [empty_like_layout(x).zero_() for x in (q, k, v)]
         dbias = None if bias is None or not spec.needs_bias_grad else torch.zeros_like(bias)

@@ -47,6 +47,7 @@ ROWS = (
     # ptxas 13.0 keeps up to nine words of stores and loads in memory for sm_90 to sm_120, at 256 and at dkdv's 128.
     Row(r"cuda-sm80-(forward_general|(dkdv|dq)-.*-true).*", "80", 255, TENSOR_CORES, spills_elsewhere=48),
     Row(r"cuda-sm80-(forward|dkdv|dq)-.*", "80", 255, (*TENSOR_CORES, "LDGSTS"), spills_elsewhere=48),
+    Row(r"cuda-sm90-decode-.*", "90a", 255, (*TENSOR_CORES, "UTMALDG", "SYNCS")),
     Row(
         r"cuda-sm90-.*(forward|backward|dkdv|dq).*",
         "90a",

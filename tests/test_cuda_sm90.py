@@ -1,7 +1,4 @@
-"""The Hopper kernels (TMA, mbarrier, wgmma), compiled as ordinary C++ and run on the CPU. No GPU takes part.
-
-Shapes wrap the rings of two stages, end one key before, at and after a tile, and leave tiles without a visible key.
-"""
+"""The Hopper kernels (TMA, mbarrier, wgmma), compiled as ordinary C++ and run on the CPU. No GPU takes part."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
+from fastattn import dispatch, reference
 from tests.cases import Case
 from tests.tolerance import assert_close_to_oracle
 
@@ -24,34 +21,9 @@ if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
+from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, spoil_unused_keys
 
-
-def case(
-    name: str, dims: int | tuple[int, int], seq: tuple[int, int], heads: tuple[int, int] = (1, 1), **more: Any
-) -> Case:
-    sizes = dict(zip(("seqlen_q", "seqlen_k", "heads_q", "heads_k"), (*seq, *heads), strict=True))
-    dims = dims if isinstance(dims, tuple) else (dims, dims)
-    options = {"batch": 1, "layout": "bshd", **sizes, **more}
-    return Case(name, head_dim_qk=dims[0], head_dim_v=dims[1], **options)
-
-
-# Tiles of keys: 128 at head_dim 64 and 96; 176 at 128, 128 with a band; 112 at 192; 80 at 256.
-CASES = [
-    case("d64-wraps", 64, (193, 5 * 128), (4, 2)),
-    case("d64-causal", 64, (200, 391), (2, 1), batch=2, causal=True),
-    case("d64-more-queries-than-keys", 64, (300, 129), causal=True),
-    case("d96-one-short", 96, (70, 2 * 128 - 1)),
-    case("d96-window", 96, (190, 330), window=(70, 20), offset=60),
-    case("d128-one-over", 128, (130, 2 * 176 + 1), (2, 1)),
-    case("d128-wraps", (128, 120), (65, 5 * 176)),
-    case("d128-causal-top-left", 128, (310, 310), (2, 2), causal=True, offset=0),
-    case("d128-more-queries-than-keys", 128, (400, 77), causal=True),
-    case("d128-narrow", (72, 104), (90, 200), layout="bhsd"),
-    case("d192-causal", (192, 128), (140, 337), causal=True),
-    case("d256-wraps", 256, (66, 401), layout="bhsd"),
-    case("d256-causal", 256, (150, 161), (2, 1), causal=True),
-]
-DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES)}
+DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +69,37 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
             assert torch.equal(first[name], actual[name]), f"{name} depends on the order of threads"
 
 
+@pytest.mark.parametrize("case", DECODE, ids=lambda c: c.name)
+def test_decode(case: Case, emulated: EmulatedBackend) -> None:
+    inputs = case.make(DTYPES[case.name])
+    naive, oracle = inputs.naive(), inputs.oracle()
+    spoil_unused_keys(inputs)
+    first: dict[str, torch.Tensor] = {}
+    for seed in (0, 1, 2):
+        emulated.emulator.configure(seed=seed)
+        emulated.emulator.statistics()
+        actual = decode(inputs)
+        used = emulated.emulator.statistics()
+        assert used.bulk_copies > 0 and used.wgmma == 0 and used.ldmatrix_conflicts == 0
+        for name in ("out", "lse"):
+            assert_close_to_oracle(actual[name], naive[name], oracle[name], f"{case.name} {name}, order {seed}")
+            assert torch.equal(first.setdefault(name, actual[name]), actual[name]), f"{name} depends on the order"
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_a_broken_key_reaches_the_decoded_queries_that_see_it(dim: int, emulated: EmulatedBackend) -> None:
+    q, k, v = (torch.randn(1, heads, n, dim).half() for heads, n in ((3, 4), (1, 300), (1, 300)))
+    v[0, 0, 298, 3], k[0, 0, 299] = math.inf, math.nan
+    out, lse = fastattn.attention(q, k, v, causal=True, backend="cuda", return_lse=True)
+    assert emulated.emulator.statistics().bulk_copies > 0
+    assert out[:, :, 3].isnan().all() and lse[:, :, 3].isnan().all()
+    assert out[:, :, 2, 3].isinf().all()
+    out[:, :, 2, 3] = 0
+    assert out[:, :, :3].isfinite().all() and lse[:, :, :3].isfinite().all()
+    part = reference.attention(q[:, :, :2], k[:, :, :298], v[:, :, :298], causal=True)
+    assert_close_to_oracle(out[:, :, :2], part, part.double(), "the queries before")
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_invisible_keys_reach_nothing(dim: int, poison: float) -> None:
@@ -136,7 +139,9 @@ def test_what_runs_is_said_and_can_be_chosen(
 
     assert "Hopper (sm_90a: TMA, wgmma), forward, tiles of 192 queries x 128 keys" in said(q, k, v)
     assert "not the Hopper forward (a mask) but" in said(q, k, v, mask=torch.ones(64, 64, dtype=torch.bool))
-    assert "not the Hopper forward (seqlen_q 1: up to 16 split the keys) but" in said(q[:, :, :1], k, v)
+    assert "Hopper (sm_90a: TMA), decoding, tiles of 16 rows x 64 keys, 6 stages" in said(q[:, :, :1], k, v)
+    many = (q[:, :, :6].expand(1, 3, 6, 64), k, v)
+    assert "not the Hopper forward (seqlen_q 6: with 3 heads to a head of keys 18 rows, at most 16" in said(*many)
     wide = (torch.randn(1, 1, 64, 192).half().requires_grad_() for _ in range(3))
     assert "not the Hopper backward (head_dim 192: the backward takes at most 128) but" in said(*wide)
     monkeypatch.setenv("FASTATTN_CUDA_KERNELS", "sm80")

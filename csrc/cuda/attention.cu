@@ -183,8 +183,16 @@ std::string configuration(const AttentionParams& p, bool backward) {
 
 size_t forward_workspace_bytes(const AttentionParams& p) {
     const int64_t splits = num_splits(p);
-    if (splits == 1) return 0;
-    return sizeof(float) * static_cast<size_t>(splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 1));
+    int64_t bytes = 0;
+    if (splits > 1) {
+        bytes = static_cast<int64_t>(sizeof(float)) * splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 1);
+    }
+#ifdef FASTATTN_WITH_SM90  // whichever of the two is taken, when strides and the environment are known
+    if (use_tensor_cores(p) && compute_capability(p.device) == 90 && sm90::forward_reason(p).empty()) {
+        bytes = std::max(bytes, sm90::forward_workspace_bytes(p));
+    }
+#endif
+    return static_cast<size_t>(bytes);
 }
 
 size_t backward_workspace_bytes(const AttentionParams& p) {

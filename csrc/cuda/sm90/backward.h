@@ -67,9 +67,8 @@ struct Backward {
 
     FASTATTN_DEVICE uint32_t kv_full() const { return barriers; }
     FASTATTN_DEVICE uint32_t q_full(int stage) const { return barriers + 8 + 8 * stage; }
-    FASTATTN_DEVICE uint32_t q_empty(int stage) const { return q_full(stage) + 8 * kStages; }
-    FASTATTN_DEVICE uint32_t grad_full(int stage) const { return q_full(stage) + 16 * kStages; }
-    FASTATTN_DEVICE uint32_t grad_empty(int stage) const { return q_full(stage) + 24 * kStages; }
+    FASTATTN_DEVICE uint32_t grad_full(int stage) const { return q_full(stage) + 8 * kStages; }
+    FASTATTN_DEVICE uint32_t empty(int stage) const { return q_full(stage) + 16 * kStages; }
     FASTATTN_DEVICE uint32_t row_address(int stage) const { return rows + stage * 8 * kTile.queries; }
 
     FASTATTN_DEVICE void initialize() const {
@@ -78,8 +77,7 @@ struct Backward {
         for (int stage = 0; stage < kStages; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(grad_full(stage), 1);
-            mbarrier_init(q_empty(stage), 8);  // one arrival per warp
-            mbarrier_init(grad_empty(stage), 8);
+            mbarrier_init(empty(stage), 8);  // one arrival per warp
         }
         fence_mbarrier_init();
     }
@@ -97,13 +95,12 @@ struct Backward {
             const int h = hk * heads + head;
             for (int n = 0; n < tiles.count(); ++n, place.advance()) {
                 const int i0 = tiles.at(n) * kTile.queries;
-                mbarrier_wait(q_empty(place.stage), place.parity ^ 1);
+                mbarrier_wait(empty(place.stage), place.parity ^ 1);
                 load_rows(place.stage, h, i0);
                 warp_barrier();
                 if (lane_index() != 0) continue;
                 mbarrier_arrive_expect_tx(q_full(place.stage), Queries::kBytes);
                 Queries::load(q + place.stage * Queries::kBytes, arguments.q, q_full(place.stage), i0, h, b);
-                mbarrier_wait(grad_empty(place.stage), place.parity ^ 1);
                 mbarrier_arrive_expect_tx(grad_full(place.stage), Queries::kBytes);
                 Queries::load(grad_out + place.stage * Queries::kBytes, arguments.grad_out, grad_full(place.stage), i0,
                               h, b);
@@ -142,10 +139,6 @@ private:
             store_shared(row_address(stage) + 4 * row, lse * kLog2E);
             store_shared(row_address(stage) + 4 * (kTile.queries + row), delta);
         }
-    }
-
-    static FASTATTN_DEVICE void release(uint32_t empty) {
-        if (lane_index() == 0) mbarrier_arrive(empty);
     }
 
     // Starts d = rows 64 group .. of a, times the transpose of b.
@@ -247,8 +240,6 @@ private:
 
         if (p.deterministic) {
             multiply_columns(dk, da, q_tile);
-            wgmma_wait<1>(dv);
-            release(grad_empty(stage));
         } else {
 #pragma unroll
             for (int c = 0; c < kTile.queries / 8; ++c) {
@@ -265,18 +256,14 @@ private:
                 float dq[32];
                 multiply_scores(dq, ds, part);
                 multiply_columns(dk, da, q_tile);
-                wgmma_wait<1>(dv);
-                wgmma_wait<1>(dq);
-                release(grad_empty(stage));
+                wgmma_wait<1>(dv, dq);
                 add_dq(dq, group, Sums::part(arguments.sums, p, b, h, tile, part));
             } else {
                 multiply_columns(dk, da, q_tile);
-                wgmma_wait<1>(dv);
-                release(grad_empty(stage));
             }
         }
-        wgmma_wait<0>(dk);
-        release(q_empty(stage));
+        wgmma_wait<0>(dv, dk);
+        if (lane_index() == 0) mbarrier_arrive(empty(stage));
         place.advance();
     }
 

@@ -60,13 +60,14 @@ struct RowSum {
     }
 };
 
-// The output of query i, by one warp: sum over visible keys of normalizer 2^(unit (q k - max)) v.
+// The output of query i, by one warp: out += sum over visible keys in [j_begin, j_end) of normalizer 2^(unit (q k -
+// max)) v.
 template <typename T, int kCols>
-FASTATTN_DEVICE void redo_query(const AttentionParams& p, const Band& band, int b, int h, int hk, int i, float unit,
-                                float max, float normalizer, RowSum<kCols>& out) {
-    const int end = band.keys_end(i);
+FASTATTN_DEVICE void redo_keys(const AttentionParams& p, const Band& band, int b, int h, int hk, int i, int j_begin,
+                               int j_end, float unit, float max, float normalizer, RowSum<kCols>& out) {
+    const int end = min32(band.keys_end(i), j_end);
 #pragma unroll 1
-    for (int j0 = band.keys_begin(i); j0 < end; j0 += 32) {
+    for (int j0 = max32(band.keys_begin(i), j_begin); j0 < end; j0 += 32) {
         const int j = j0 + lane_index();
         float weight = 0.f;
         if (j < end) {

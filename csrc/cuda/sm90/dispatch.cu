@@ -15,7 +15,7 @@
 namespace fastattn::cuda::sm90 {
 namespace {
 
-constexpr int64_t kFewQueries = 16, kMaxBackwardHeadDim = 128;
+constexpr int64_t kFewQueries = 16, kMaxBackwardHeadDim = 128, kMaxSplits = 128;
 
 template <typename... Parts>
 std::string words(const Parts&... parts) {
@@ -49,12 +49,17 @@ std::string spec_reason(const AttentionParams& p) {
     if (p.q_segments.data || p.k_segments.data) return "segments";
     if (p.prefix_lens.data) return "prefix_lens";
     if (p.leftpad_k.data) return "leftpad_k";
-    if (p.seqused_k.data) return "key lengths";
     if (p.cu_seqlens_q.data || p.cu_seqlens_k.data || p.total_q >= 0 || p.total_k >= 0) return "packed sequences";
     if (p.block_table.data || p.page_size != 0) return "paged keys";
-    if (p.num_splits > 1) return words("num_splits ", p.num_splits);
     if (p.head_dim_qk % 8 != 0) return words("head_dim_qk ", p.head_dim_qk, ": must be a multiple of 8");
     if (p.head_dim_v % 8 != 0) return words("head_dim_v ", p.head_dim_v, ": must be a multiple of 8");
+    return {};
+}
+
+// Of the kernels for many queries.
+std::string long_reason(const AttentionParams& p) {
+    if (p.seqused_k.data) return "key lengths";
+    if (p.num_splits > 1) return words("num_splits ", p.num_splits);
     return {};
 }
 
@@ -86,6 +91,20 @@ int forward_variant(const AttentionParams& p) {
     return is_banded(p) ? kBanded : kFull;
 }
 
+// Few queries: decode.h, which splits the keys.
+bool is_decode(const AttentionParams& p) { return p.seqlen_q <= kFewQueries; }
+int decode_head_dim(const AttentionParams& p) {
+    const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v);
+    return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+// As many parts as asked for; else as many as fill the machine once, a tile of keys at least to each.
+int64_t decode_splits(const AttentionParams& p) {
+    const int64_t tiles = (p.seqlen_k + kDecodeTile.keys - 1) / kDecodeTile.keys;
+    const int64_t slots = decode_blocks(decode_head_dim(p)) * multiprocessors(p.device);
+    const int64_t splits = p.num_splits > 0 ? p.num_splits : std::min(tiles, slots / (p.batch * p.heads_k));
+    return std::max<int64_t>(1, std::min(splits, kMaxSplits));
+}
+
 int forward_head_dim(const AttentionParams& p) {
     const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v);
     if (dim <= 64) return 64;
@@ -110,13 +129,22 @@ void with_kernel(DType dtype, int head_dim, const F& f) {
 std::string forward_reason(const AttentionParams& p) {
     if (std::string reason = spec_reason(p); !reason.empty()) return reason;
     if (!(p.softmax_scale > 0)) return words("softmax_scale ", p.softmax_scale, ": must be positive");
-    if (p.seqlen_q <= kFewQueries) return words("seqlen_q ", p.seqlen_q, ": up to ", kFewQueries, " split the keys");
+    if (is_decode(p)) {
+        const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
+        if (rows > kDecodeTile.rows) {
+            return words("seqlen_q ", p.seqlen_q, ": with ", p.heads_q / p.heads_k, " heads to a head of keys ", rows,
+                         " rows, at most ", kDecodeTile.rows, " (or more than ", kFewQueries, " queries)");
+        }
+    } else if (std::string reason = long_reason(p); !reason.empty()) {
+        return reason;
+    }
     if (!p.q.data) return {};
     return first_of({inputs_reason(p), layout_reason("out", p.out, p.batch, p.heads_q, p.seqlen_q)});
 }
 
 std::string backward_reason(const AttentionParams& p) {
     if (std::string reason = spec_reason(p); !reason.empty()) return reason;
+    if (std::string reason = long_reason(p); !reason.empty()) return reason;
     if (const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v); dim > kMaxBackwardHeadDim) {
         return words("head_dim ", dim, ": the backward takes at most ", kMaxBackwardHeadDim);
     }
@@ -133,9 +161,20 @@ std::string configuration(const AttentionParams& p, bool backward) {
         return words("Hopper (sm_90a: TMA, wgmma), backward, tiles of ", tile.queries, " queries x ", tile.keys,
                      " keys");
     }
+    if (is_decode(p)) {
+        return words("Hopper (sm_90a: TMA), decoding, tiles of ", kDecodeTile.rows, " rows x ", kDecodeTile.keys,
+                     " keys, ", decode_stages(decode_head_dim(p)), " stages, up to ", kMaxSplits,
+                     " splits of the keys");
+    }
     const ForwardTile tile = forward_tile(forward_head_dim(p), forward_variant(p));
     return words("Hopper (sm_90a: TMA, wgmma), forward, tiles of ", tile.queries, " queries x ", tile.keys, " keys, ",
                  tile.stages, " stages", tile.ping_pong ? ", ping-pong" : "", tile.persistent ? ", persistent" : "");
+}
+
+int64_t forward_workspace_bytes(const AttentionParams& p) {
+    if (!is_decode(p)) return 0;
+    const int64_t splits = decode_splits(p);
+    return splits == 1 ? 0 : 4 * splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 1);
 }
 
 int64_t backward_workspace_bytes(const AttentionParams& p) {
@@ -143,6 +182,15 @@ int64_t backward_workspace_bytes(const AttentionParams& p) {
 }
 
 void attention_forward(const AttentionParams& p, void* stream) {
+    if (is_decode(p)) {
+        AttentionParams split = p;
+        split.num_splits = decode_splits(p);
+        check(split.num_splits == 1 || p.workspace != nullptr, "the forward needs ", forward_workspace_bytes(p),
+              " bytes of workspace");
+        return with_kernel<64, 128, 256>(p.dtype, decode_head_dim(p), [&](auto element, auto head_dim) {
+            decode<decltype(element), head_dim>(split, stream);
+        });
+    }
     with_kernel<64, 96, 128, 192, 256>(p.dtype, forward_head_dim(p), [&](auto element, auto head_dim) {
         forward<decltype(element), head_dim>(p, forward_variant(p), static_cast<int>(multiprocessors(p.device)),
                                              stream);

@@ -14,7 +14,10 @@ std::string backward_reason(const AttentionParams& params);
 // The kernel and its tiles in words, for a call without a reason.
 std::string configuration(const AttentionParams& params, bool backward);
 
-// Bytes of params.workspace that the backward needs, if head_dim is at most 128; the forward needs none.
+// Bytes of params.workspace that the forward needs, for a call without a reason.
+int64_t forward_workspace_bytes(const AttentionParams& params);
+
+// Bytes of params.workspace that the backward needs, if head_dim is at most 128.
 int64_t backward_workspace_bytes(const AttentionParams& params);
 
 // The device of params is current.

@@ -276,7 +276,8 @@ private:
             const float normalizer = shuffle(r < 8 ? softmax.normalizer(0) : softmax.normalizer(1), r % 8 * 4);
             if (work.i0 + row >= band.seqlen_q) break;
             RowSum<kHeadDimV> out;
-            redo_query<T>(p, band, work.b, work.h, work.hk, work.i0 + row, softmax.unit, max, normalizer, out);
+            redo_keys<T>(p, band, work.b, work.h, work.hk, work.i0 + row, 0, band.seqlen_k, softmax.unit, max,
+                         normalizer, out);
             out.template write<T, kTile.queries>(q, row, 1.f);
         }
     }

@@ -13,6 +13,10 @@ namespace fastattn::cuda::sm90 {
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& params, int variant, int multiprocessors, void* stream);
 
+// kHeadDim: 64, 128 or 256. num_splits is set, workspace: decode.h.
+template <typename T, int kHeadDim>
+void decode(const AttentionParams& params, void* stream);
+
 // kHeadDim: 64 or 128. The backward: sm80::prepare (params.deterministic: no sums for dQ are cleared), clear_dq_sums,
 // dkdv, convert_dq; deterministic: sm80::prepare, dkdv, sm80::dq. workspace: gradient_sums.h.
 template <typename T, int kHeadDim>

@@ -70,14 +70,28 @@ constexpr uint32_t forward_shared_bytes(int head_dim, int variant) {
 
 struct KeyTile {
     int queries, keys;  // of one step, of the block
-    // K, V, two stages of Q, dO, dS and of each query's lse and delta, two parts of 64 x 64 sums of dQ, nine barriers.
+    // K, V, two stages of Q, dO, dS and of each query's lse and delta, two parts of 64 x 64 sums of dQ, seven barriers.
     constexpr int shared_bytes(int head_dim) const {
-        return 2 * head_dim * (2 * keys + 4 * queries) + 4 * keys * queries + 16 * queries + 2 * 4 * 64 * 64 + 72;
+        return 2 * head_dim * (2 * keys + 4 * queries) + 4 * keys * queries + 16 * queries + 2 * 4 * 64 * 64 + 56;
     }
 };
 
 // The backward: two warpgroups with 64 keys each. S^T, dP^T, dK and dV of 64 queries fill the registers at head_dim 128
 // (FlashAttention-3: 80 queries where nothing is masked); at 64, with 128 queries, they do not fit.
 constexpr KeyTile key_tile(int) { return {64, 128}; }
+
+// Decoding: 16 rows, the queries of a group of heads; four warps with 16 keys each. Stages are what lets two blocks
+// share a multiprocessor, 96 KiB each (at 256 one block, 192 KiB); a multiprocessor needs some 40 KiB on their way to
+// keep up its share of the memory's bandwidth, 25 to 36 bytes a nanosecond at a latency of a microsecond.
+struct DecodeTile {
+    int rows, keys;
+};
+constexpr DecodeTile kDecodeTile = {16, 64};
+constexpr int decode_stages(int head_dim) { return head_dim == 64 ? 6 : 3; }
+constexpr int decode_blocks(int head_dim) { return head_dim == 256 ? 1 : 2; }  // of a multiprocessor
+constexpr int decode_shared_bytes(int head_dim) {
+    return 2 * head_dim * (kDecodeTile.rows + 2 * decode_stages(head_dim) * kDecodeTile.keys) +
+           3 * 8 * decode_stages(head_dim);
+}
 
 }  // namespace fastattn::cuda::sm90

@@ -1,12 +1,13 @@
-// wgmma, stmatrix, setmaxnreg. A wgmma is computed when its warp waits for it; until then accumulators hold signalling
-// NaN, which arithmetic changes, and operands in shared memory count as being read.
+// wgmma, stmatrix, setmaxnreg. A wgmma is computed when its warp waits for it; until then accumulators hold poison,
+// and operands in shared memory count as being read.
 #include "emulator/bulk.h"
 #include "emulator/convert.h"
 
 namespace fastattn::cuda::emulation {
 namespace {
 
-constexpr uint32_t kPoison = 0xffa5a5a5;
+// Signalling NaN, which any arithmetic changes; or, as kernels may compute anew what has become NaN, 3e9.
+uint32_t poison() { return options.seed % 2 ? 0x4f32d05e : 0xffa5a5a5; }
 
 // The true accumulators of a warp while wgmmas write them.
 struct Accumulators {
@@ -125,7 +126,8 @@ void issue(void** lanes, Where where) {
         for (int l = 0; l < kWarp; ++l) {
             fresh->registers[l] = static_cast<WgmmaArguments*>(lanes[l])->d;
             std::memcpy(&fresh->value[static_cast<size_t>(l * fresh->count)], fresh->registers[l], 4u * fresh->count);
-            for (int n = 0; n < fresh->count; ++n) std::memcpy(&fresh->registers[l][n], &kPoison, 4);
+            const uint32_t bits = poison();
+            for (int n = 0; n < fresh->count; ++n) std::memcpy(&fresh->registers[l][n], &bits, 4);
         }
         s.in_flight.push_back(fresh);
         op.accumulators = fresh;
@@ -208,9 +210,10 @@ void execute(Operation& op, Where where) {
 }
 
 void give_back(Accumulators& acc, Where where) {
+    const uint32_t bits = poison();
     for (int l = 0; l < kWarp; ++l) {
         for (int n = 0; n < acc.count; ++n) {
-            if (std::memcmp(&acc.registers[l][n], &kPoison, 4)) {
+            if (std::memcmp(&acc.registers[l][n], &bits, 4)) {
                 fail(where, "wgmma: accumulator %d of lane %d was touched before the wait", n, l);
             }
         }

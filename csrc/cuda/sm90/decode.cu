@@ -1,0 +1,57 @@
+// Decoding on Hopper for one element type and head dimension.
+#include "cuda/sm90/decode.h"
+
+#include "cuda/launch.h"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/maps.h"
+
+namespace fastattn::cuda::sm90 {
+namespace {
+
+template <typename T, int kHeadDim>
+FASTATTN_KERNEL((Decode<T, kHeadDim>::kThreads), 1)
+decode_kernel(FASTATTN_CONSTANT DecodeArguments arguments) {
+    using Block = Decode<T, kHeadDim>;
+    const Block block(arguments);
+    if (thread_index() == 0) {
+        prefetch_tensor_map(&arguments.k);
+        prefetch_tensor_map(&arguments.v);
+        block.initialize();
+    }
+    barrier();
+    if (thread_index() >= 32 * Block::kWarps) {
+        if (lane_index() == 0) block.produce();
+    } else {
+        block.consume();
+    }
+}
+
+template <typename T, int kHeadDim>
+FASTATTN_KERNEL((Combine<T, kHeadDim>::kThreads), 1)
+combine_kernel(FASTATTN_CONSTANT AttentionParams p) {
+    Combine<T, kHeadDim>::run(p);
+}
+
+}  // namespace
+
+template <typename T, int kHeadDim>
+void decode(const AttentionParams& p, void* stream) {
+    using Block = Decode<T, kHeadDim>;
+    using Tile = typename Block::Tile;
+    const DecodeArguments arguments{
+        tensor_map<Tile>(p.dtype, p.k, p.batch, p.heads_k, p.seqlen_k, p.head_dim_qk, Block::kKeys),
+        tensor_map<Tile>(p.dtype, p.v, p.batch, p.heads_k, p.seqlen_k, p.head_dim_v, Block::kKeys),
+        p,
+    };
+    launch(decode_kernel<T, kHeadDim>, {p.num_splits * p.heads_k * p.batch}, Block::kThreads,
+           decode_shared_bytes(kHeadDim), stream, arguments);
+    if (p.num_splits > 1) {
+        using Rows = Combine<T, kHeadDim>;
+        launch(combine_kernel<T, kHeadDim>, {p.batch * p.heads_q * p.seqlen_q}, Rows::kThreads, Rows::kSharedBytes,
+               stream, p);
+    }
+}
+
+template void decode<FASTATTN_DTYPE, FASTATTN_HEAD_DIM>(const AttentionParams&, void*);
+
+}  // namespace fastattn::cuda::sm90
