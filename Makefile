@@ -9,7 +9,8 @@ PYTHON ?= python3
 TORCH ?=
 TEXT ?=
 VENV ?= .venv
-# Without a network: PIP_FLAGS="--no-build-isolation --no-deps", with all that pyproject.toml names already installed.
+# Without a network, where PYTHON already has all that pyproject.toml names:
+# VENV_FLAGS=--system-site-packages PIP_FLAGS="--no-build-isolation --no-deps"
 PIP_FLAGS ?=
 # `make gpu` sees the packages that PYTHON already has.
 VENV_FLAGS ?=
@@ -39,14 +40,17 @@ lint: $(STAMP)
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # Trains a small English-German model on the CPU and translates: a few sentences, then what is typed (or piped in).
+# What was interrupted goes on from its last checkpoint; what was trained is not trained again.
 DEMO := -m examples.translation
+DEMO_OUT ?= runs/demo
+DEMO_FLAGS ?= --preset demo
 demo: $(STAMP)
-	test -e runs/demo/model/score.json && test -e runs/demo/done || { \
-	  $(BIN)/python $(DEMO) train --preset demo --device cpu --resume --out runs/demo && touch runs/demo/done; }
-	$(BIN)/python $(DEMO) evaluate --out runs/demo
-	$(BIN)/python $(DEMO) translate --out runs/demo "three hundred and forty-five" \
+	test -e $(DEMO_OUT)/done || { \
+	  $(BIN)/python $(DEMO) train $(DEMO_FLAGS) --device cpu --resume --out $(DEMO_OUT) && touch $(DEMO_OUT)/done; }
+	$(BIN)/python $(DEMO) evaluate --out $(DEMO_OUT)
+	$(BIN)/python $(DEMO) translate --out $(DEMO_OUT) "three hundred and forty-five" \
 	  "The train leaves at eighteen thirty-five." "She was born on the seventh of March nineteen seventy-one."
-	$(BIN)/python $(DEMO) translate --out runs/demo
+	$(BIN)/python $(DEMO) translate --out $(DEMO_OUT)
 
 # torch is the one that PYTHON has, with its own Triton; a second copy is never downloaded.
 gpu:

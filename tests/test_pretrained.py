@@ -88,6 +88,13 @@ def damaged_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def flipped_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0x10
+    path.write_bytes(content)
+
+
 def changed_config(**values: Any) -> Any:
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -100,12 +107,16 @@ def changed_config(**values: Any) -> Any:
 
 BAD = {
     "cut weights": (damaged_weights, ValueError, "model.safetensors is damaged"),
+    "flipped weights": (flipped_weights, ValueError, r"model.safetensors is damaged .* checksum"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
     "cut config": (lambda f: (f / "config.json").write_text('{"model": "Ca'), ValueError, "config.json is damaged"),
     "other sizes": (changed_config(vocab_size=12), ValueError, r"embedding.weight \(12, 16\), not \(11, 16\)"),
     "more layers": (changed_config(num_decoder_layers=3), ValueError, "not in the weights: decoder.layers.2"),
     "unknown field": (changed_config(width=3), ValueError, "unknown: width"),
+    "no number": (changed_config(d_model="16"), ValueError, "config.json does not describe a CausalLM"),
+    "no size": (changed_config(vocab_size=None), ValueError, "config.json does not describe a CausalLM"),
+    "heads": (changed_config(nhead=3), ValueError, "config.json does not describe a CausalLM"),
 }
 
 

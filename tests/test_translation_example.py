@@ -21,20 +21,21 @@ from tolerance import assert_close_to_oracle
 for library in ("tokenizers", "safetensors", "sacrebleu", "datasets", "matplotlib", "tensorboard"):
     pytest.importorskip(library, reason="pip install 'fastattn[examples]'")
 
-from examples.common import checkpoint, processes
+from safetensors.torch import load_file, save_file
+
+from examples.common import checkpoint
 from examples.common.batching import BatchPlan, pad
 from examples.common.errors import UserError, require
-from examples.common.tokenizer import Tokenizer
-from examples.common.training import Options, Trainer, learning_rate_at
+from examples.common.training import Options, learning_rate_at
 from examples.translation import __main__ as command
-from examples.translation import data, model, program
+from examples.translation import program
 
 ROOT = Path(__file__).parents[1]
 TINY = (
     "--d-model 32 --heads 2 --layers 1 --feedforward 32 --max-tokens 400 --validate-every 6 --checkpoint-every 3 "
     "--report-every 1 --warmup 2 --steps 8 --learning-rate 0.02 --cooldown 0"
 ).split()
-CPU = torch.device("cpu")
+DATA = ("--train-pairs", 500, "--held-out", 20, "--vocab-size", 320)
 
 
 def run(*words: Any) -> Any:
@@ -51,7 +52,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
-    run("prepare", "--out", out, "--train-pairs", 500, "--held-out", 20, "--vocab-size", 320)
+    run("prepare", "--out", out, *DATA)
     return out
 
 
@@ -93,6 +94,36 @@ def test_score_is_sacrebleu_s() -> None:
     result = program.score(["eine Million eins", "der dritte"], ["eine Million eins", "der vierte"])
     assert result["exact"] == 50 and "tok:13a" in result["signature"]
     assert program.score(["a b c d e"], ["a b c d e"])["bleu"] == pytest.approx(100)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_demo(tmp_path: Path) -> None:
+    """Trains, and translates what stands on standard input; a kill is made good, and what is trained stays."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+
+    def demo(binaries: Path, typed: str = "") -> tuple[int, list[str]]:
+        flags = f"--preset demo --train-pairs 300 --held-out 3 --vocab-size 280 {' '.join(TINY)}"
+        words = ["make", "--old-file=LICENSE", "demo", "STAMP=LICENSE", f"BIN={binaries}", f"DEMO_FLAGS={flags}"]
+        done = subprocess.run(
+            [*words, f"DEMO_OUT={tmp_path / 'demo'}"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            input=typed, text=True, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return done.returncode, done.stdout.splitlines()
+
+    def stubbed(end: str) -> tuple[int, list[str]]:
+        """With a python that only says what it was asked for."""
+        stub.write_text(f'#!/bin/sh\necho "asked: $3"\n{end}\n')
+        stub.chmod(0o755)
+        status, said = demo(stub.parent)
+        return status, [line.removeprefix("asked: ") for line in said if line.startswith("asked: ")]
+
+    killed, asked = stubbed("kill -9 $$")
+    assert killed and asked == ["train"]
+    status, said = demo(Path(sys.executable).parent, "twelve\nthirteen\n")
+    assert status == 0 and any(line.startswith("step      8 ") for line in said)
+    assert [line.partition("\t")[0] for line in said[-2:]] == ["twelve", "thirteen"]
+    assert stubbed("") == (0, ["evaluate", "translate", "translate"])
 
 
 # The same curve
@@ -152,31 +183,21 @@ def test_two_processes_train_like_one_that_accumulates(out: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("attention", ["auto", "cpu", "triton", "cuda"])
-def test_every_backend_trains_the_same(attention: str, prepared: Path, tmp_path: Path) -> None:
+def test_every_backend_trains_the_same(attention: str, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Five steps with dropout: no further from float64 than the naive attention is."""
     device = device_of(attention) if attention != "auto" else "cpu"
     if device is None:
         pytest.skip(f"{attention} cannot run here")
-    corpus = data.Corpus(prepared / "data")
-    pairs = corpus.pairs("train")
-    sizes = {
-        "d_model": 32, "heads": 1, "layers": 1, "feedforward": 32, "dropout": 0.1, "activation": "relu", "norm": "pre"
-    }  # fmt: skip
-
-    def train(name: str, dtype: torch.dtype) -> torch.Tensor:
-        torch.manual_seed(0)
-        place = torch.device(device)
-        objective = model.Objective(program.new_model(sizes, corpus.meta, place).to(dtype), 0.1)
-        plan = BatchPlan(pairs.lengths(), 40, seed=0)  # a pair each: Triton's interpreter is slow
-        options = Options(steps=5, warmup=2, logs=(), checkpoint_every=99)
-        trainer = Trainer(objective, lambda b: model.collate([pairs[i] for i in b], place), plan, options, tmp_path)
-        with processes.attention(name):
-            return torch.tensor(trainer.run(), dtype=torch.float64)
-
-    oracle, naive = train("naive", torch.float64), train("naive", torch.float32)
-    actual = train(attention, torch.float32)
+    found = run(
+        "compare", "--out", prepared, "--attentions", attention, "--device", device, *TINY, "--steps", 5, "--heads", 1,
+        "--dropout", 0.1, "--max-tokens", 40,  # a pair each: Triton's interpreter is slow
+    )  # fmt: skip
+    oracle, naive, actual = (torch.tensor(found[n], dtype=torch.float64) for n in ("float64", "naive", attention))
     assert oracle.unique().numel() == 5
     assert_close_to_oracle(actual.float(), naive.float(), oracle, "loss")
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[0] == attention and float(row[1]) == pytest.approx(found[attention][0])
+    assert float(row[3]) == pytest.approx((actual - oracle).abs().max().item(), rel=0.05)
 
 
 def test_bfloat16_follows_float32(out: Path, unbroken: Path) -> None:
@@ -213,74 +234,7 @@ def test_learning_rate() -> None:
     assert learning_rate_at(900, cooled) == pytest.approx(2 / 3 * 101 / 200) and learning_rate_at(1001, cooled) == 0
 
 
-# Data
-
-
-def test_files(tmp_path: Path) -> None:
-    src, tgt = tmp_path / "a.en", tmp_path / "a.de"
-    src.write_text("".join(f"line {i}\n" for i in range(40)) + "\nline 0\n")
-    tgt.write_text("".join(f"Zeile {i}\n" for i in range(40)) + "leer\nZeile 0\n")
-    run("prepare", "--out", tmp_path, "--data", "files", "--src", src, "--tgt", tgt, "--held-out", 4,
-        "--vocab-size", 300, "--max-length", 30)  # fmt: skip
-    corpus = data.Corpus(tmp_path / "data")
-    assert corpus.meta["pairs"] == {"train": 32, "validation": 4, "test": 4}
-    texts = corpus.texts("validation") + corpus.texts("test")
-    for pair in corpus.pairs("train"):
-        texts.append(tuple(corpus.tokenizer.decode([row.tolist() for row in pair])))
-    assert sorted(texts) == sorted((f"line {i}", f"Zeile {i}") for i in range(40))
-
-
-def test_wmt14(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local copy with the layout of the real one: parquet files in ``de-en``, a card that lists them."""
-    pandas = pytest.importorskip("pandas")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    copy = tmp_path / "wmt14"
-    (copy / "de-en").mkdir(parents=True)
-    for split, n in (("train", 30), ("validation", 5), ("test", 6)):
-        rows = [{"translation": {"de": f"{split} Satz {i}", "en": f"{split} sentence {i}"}} for i in range(n)]
-        rows[1]["translation"]["de"] = " "
-        pandas.DataFrame(rows).to_parquet(copy / "de-en" / f"{split}-00000-of-00001.parquet")
-    files = "".join(f"  - split: {s}\n    path: de-en/{s}-*\n" for s in ("train", "validation", "test"))
-    (copy / "README.md").write_text(f"---\nconfigs:\n- config_name: de-en\n  data_files:\n{files}---\n")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    run("prepare", "--out", tmp_path / "run", "--data", "wmt14", "--wmt14", copy, "--limit", 12, "--vocab-size", 300)
-    corpus = data.Corpus(tmp_path / "run" / "data")
-    assert corpus.meta["pairs"] == {"train": 11, "validation": 4, "test": 5}
-    assert corpus.texts("test")[1] == ("test sentence 2", "test Satz 2")
-    with pytest.raises(UserError, match="could not load"):
-        run("prepare", "--out", tmp_path / "other", "--data", "wmt14", "--wmt14", tmp_path / "nowhere")
-
-
-def test_tokenizer_round_trip() -> None:
-    texts = ["dreihundertfünfundvierzig", "eine Million!", "naïve 東京 🙂", "  two  spaces"]
-    tokenizer = Tokenizer.train(texts, 300)
-    assert tokenizer.decode(tokenizer.encode(texts)) == [t.strip() for t in texts]
-    assert max(i for row in tokenizer.encode(texts) for i in row) < len(tokenizer)
-
-
 # Bad input
-
-
-def lines(path: Path, n: int) -> Path:
-    path.write_text("".join(f"{path.suffix} {i}\n" for i in range(n)))
-    return path
-
-
-BAD_DATA = {
-    "line counts": (lambda d: (lines(d / "a.en", 9), lines(d / "a.de", 8)), "9 and 8 lines"),
-    "empty": (lambda d: (lines(d / "a.en", 0), lines(d / "a.de", 0)), "a.en is empty"),
-    "too few": (lambda d: (lines(d / "a.en", 5), lines(d / "a.de", 5)), "hold 5 different pairs"),
-    "missing": (lambda d: (d / "a.en", lines(d / "a.de", 5)), "a.en cannot be read"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_files(name: str, tmp_path: Path) -> None:
-    make, message = BAD_DATA[name]
-    src, tgt = make(tmp_path)
-    with pytest.raises(UserError, match=message):
-        run("prepare", "--out", tmp_path / "run", "--data", "files", "--src", src, "--tgt", tgt, "--held-out", 3)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
@@ -313,15 +267,66 @@ def test_bad_use(unbroken: Path, tmp_path: Path) -> None:
         (("train", "--out", tmp_path / "none", "--data", "files"), "--src FILE"),
         (("prepare", "--out", tmp_path / "none", "--vocab-size", 60_000), "50,000"),
         (("prepare", "--out", tmp_path / "none", "--vocab-size", 10), "262"),
-        (("train", "--out", unbroken, "--steps", 0), "--steps must be at least 1"),
+        (("train", "--out", unbroken, "--steps", 0), "--steps: must be at least 1, got 0"),
         (("train", "--out", unbroken, *TINY, "--seed", 9, "--resume"), "trained with seed = 0, not 9"),
         (("train", "--out", unbroken, *TINY, "--d-model", 16, "--resume"), "model of other sizes"),
+        (("train", "--out", unbroken, "--report-every", 0), "--report-every: must be at least 1"),
+        (("train", "--out", unbroken, "--learning-rate", 0), "must be finite, from 0 to inf and not 0"),
+        (("train", "--out", unbroken, "--label-smoothing", 1), "--label-smoothing: must be"),
+        (("train", "--out", unbroken, "--device", "abacus"), "--device abacus"),
+        (("train", "--out", unbroken, "--heads", 5, "--resume"), "5"),
+        (("prepare", "--out", unbroken), "other data need another --out"),
+        (("translate", "--out", unbroken, "--length-penalty", "nan", "one"), "got nan"),
+        (("translate", "--out", unbroken, "one", "tw\udcffo"), "sentence 2 is not UTF-8"),
     ):
         with pytest.raises(UserError, match=message):
             run(*words)
+    with pytest.raises(UserError, match=r"--attention cpu: backend 'cpu' cannot run this call .*520: at most 512"):
+        run("compare", "--out", unbroken, *TINY, "--d-model", 520, "--heads", 1, "--attentions", "cpu", "--steps", 1)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--attention cuda cannot run here"):
             run("train", "--out", tmp_path / "none", "--attention", "cuda")
+
+
+def test_a_step_that_is_not_finite_stops_the_run(out: Path) -> None:
+    with pytest.raises(UserError, match=r"step \d is not finite .* lower --learning-rate"):
+        run("train", "--out", out, *TINY, "--learning-rate", 1e30, "--warmup", 1, "--clip", 0, "--checkpoint-every", 1)
+    parameters = checkpoint.load(out / "checkpoint.pt")["model"].values()
+    assert all(p.isfinite().all() for p in parameters)
+
+
+def test_checkpoints_know_their_data(out: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, out, dirs_exist_ok=True)
+    path = out / "data" / "train.safetensors"
+    tensors = load_file(path)
+    tensors["src_ends"][0] -= 1
+    save_file(tensors, path)
+    words = ("train", "--out", out, *TINY, "--dropout", 0.2, "--steps", 9, "--resume")
+    with pytest.raises(UserError, match="trained on other data"):
+        run(*words)
+    run("prepare", "--out", out, *DATA)  # the same again
+    assert len(run(*words)) == 1
+
+
+@pytest.mark.parametrize("end", ["", EOFError])
+def test_sentences_are_typed(
+    end: Any, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal one after the other, until an empty line or the end of input; an error does not end it."""
+    typed = iter(["one", "three hundred " * 400, "two", end])
+
+    def answer(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    run("translate", "--out", unbroken, "--beams", 1)
+    first, one, error, two = capsys.readouterr().out.splitlines()
+    assert first.startswith("Type") and error.startswith("error: sentence 1 has") and not (one + two).count("error")
+    assert next(typed, None) is None
 
 
 def test_missing_library_and_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

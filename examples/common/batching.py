@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -27,6 +30,10 @@ class BatchPlan:
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self.lengths, self.max_tokens, self.seed, self.pool = lengths, max_tokens, seed, pool
+
+    def fingerprint(self) -> str:
+        """The same for the same number of examples of the same lengths in the same order."""
+        return hashlib.sha256(array("q", chain.from_iterable(self.lengths)).tobytes()).hexdigest()
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The batches of one epoch: every example once."""

@@ -11,6 +11,7 @@ import torch
 
 from examples.common.errors import UserError
 
+KEYS = {"step", "model", "optimiser", "random", "data", "options"}
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
@@ -42,7 +43,7 @@ def load(path: Path) -> dict[str, Any]:
             if broken := archive.testzip():
                 raise ValueError(f"wrong checksum of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "step" not in state:
+        if not isinstance(state, dict) or not state.keys() >= KEYS:
             raise ValueError("no training state in it")
         return state
     except Exception as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from examples.common.errors import require
+from examples.common.files import write_text
 
 FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "validation_loss", "score")
 
@@ -33,11 +35,13 @@ class Log:
             self.board = writer(str(folder / "tensorboard"), purge_step=step + 1)
         if "csv" in kinds:
             kept = [row for row in read(self.path) if int(row["step"]) <= step] if step else []
-            self.file = open(self.path, "w", newline="")  # noqa: SIM115  closed by close()
+            text = io.StringIO()
+            rows = csv.DictWriter(text, FIELDS)
+            rows.writeheader()
+            rows.writerows(kept)
+            write_text(self.path, text.getvalue())
+            self.file = open(self.path, "a", newline="")  # noqa: SIM115  closed by close()
             self.rows = csv.DictWriter(self.file, FIELDS)
-            self.rows.writeheader()
-            self.rows.writerows(kept)
-            self.file.flush()
 
     def write(self, **row: Any) -> None:
         """Add one row; a figure that was not measured is left out."""

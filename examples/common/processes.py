@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +17,26 @@ from fastattn.dispatch import get_backend
 ATTENTION = ("auto", "naive", "cpu", "triton", "cuda")
 
 
-def attention(name: str) -> AbstractContextManager[Any]:
+@contextmanager
+def attention(name: str) -> Iterator[None]:
     """Run fastattn's attention on one backend within the block; "naive" is the reference, "auto" leaves the choice.
 
     Raises:
-        UserError: that backend cannot run here; the message says why.
+        UserError: that backend cannot run here, or cannot run a call of the model; the message says why.
     """
     if name == "auto":
-        return nullcontext()
+        yield
+        return
     backend = "reference" if name == "naive" else name
     if reason := get_backend(backend).unavailable_reason():
         raise UserError(f"--attention {name} cannot run here: {reason}")
-    return fastattn.use_backend(backend)
+    with fastattn.use_backend(backend):
+        try:
+            yield
+        except RuntimeError as error:
+            if f"backend {backend!r} cannot run" not in str(error):
+                raise
+            raise UserError(f"--attention {name}: {error}") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,7 +48,10 @@ def choose_device(name: str) -> torch.device:
             raise UserError("--device cuda: torch sees no GPU")
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(name)
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import UserError, require
+from examples.common.files import write_text
 
 PAD, BOS, EOS, MASK, CLS, SEP = range(6)
 SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")
@@ -47,13 +48,22 @@ class Tokenizer:
             raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
 
     def save(self, path: Path) -> None:
-        self.inner.save(str(path))
+        write_text(path, self.inner.to_str(pretty=True))
 
     def __len__(self) -> int:
         return int(self.inner.get_vocab_size())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Token ids of each text, without special tokens.
+
+        Raises:
+            UserError: a text holds a lone surrogate, which stands for a byte that was not UTF-8.
+        """
+        for i, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"sentence {i + 1} is not UTF-8: {text[:60]!r}") from error
         return [encoding.ids for encoding in self.inner.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:

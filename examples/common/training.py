@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -55,15 +56,6 @@ class Options:
     checkpoint_every: int = 500
     report_every: int = 50
     logs: tuple[str, ...] = ("csv",)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "max_tokens", "accumulate", "warmup", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.cooldown <= 1:
-            raise UserError(f"--cooldown is a fraction of the steps, in [0, 1], got {self.cooldown}")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 def learning_rate_at(step: int, options: Options) -> float:
@@ -184,7 +176,12 @@ class Trainer:
         for p in parameters:
             if p.grad is not None:
                 p.grad.mul_(scale)
-        norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or float("inf"), error_if_nonfinite=True))
+        norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or float("inf")))
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient of step {self.step + 1} is not finite (loss {loss_sum / max(count_sum, 1.0):g}): lower "
+                f"--learning-rate; the last checkpoint in {self.folder} is as it was"
+            )
         self.step += 1
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(self.step, options)
@@ -205,12 +202,15 @@ class Trainer:
                     "model": self.objective.state_dict(),
                     "optimiser": self.optimiser.state_dict(),
                     "random": randoms,
+                    "data": self.plan.fingerprint(),
                     "options": {k: v for k, v in asdict(self.options).items() if k not in FREE},
                 },
             )
         processes.barrier()
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
+        if state["data"] != self.plan.fingerprint():
+            raise UserError(f"{path} was trained on other data: resume with the same, or start anew with another --out")
         for name, value in state["options"].items():
             if getattr(self.options, name) != value:
                 raise UserError(

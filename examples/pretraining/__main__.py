@@ -11,24 +11,26 @@ from pathlib import Path
 
 from examples.common import options
 from examples.common.errors import run
+from examples.common.tokenizer import SMALLEST
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="python -m examples.pretraining", description=__doc__.splitlines()[0])
+    main = options.Parser(prog="python -m examples.pretraining", description=__doc__.splitlines()[0])
     main.add_argument("--out", type=Path, default=Path("runs/pretraining"), help="the run (default: %(default)s)")
     main.add_argument("--objective", choices=("mlm", "causal"), default="mlm", help="mlm: with next sentences")
     main.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, if any")
     group = main.add_argument_group("data")
     group.add_argument("--text", type=Path, nargs="+", help="plain text to pre-train on (default: generated)")
-    group.add_argument("--documents", type=int, help="how many to generate")
+    group.add_argument("--documents", type=options.at_least(2), help="how many to generate")
     group.add_argument("--labelled", type=Path, help="label, tab, sentence on each line (default: generated)")
-    group.add_argument("--vocab-size", type=int)
-    group.add_argument("--max-length", type=int, help="in tokens; what is longer is cut")
+    group.add_argument("--vocab-size", type=options.at_least(SMALLEST, 50_000))
+    group.add_argument("--max-length", type=options.at_least(8), help="in tokens; what is longer is cut")
     group = main.add_argument_group("fine-tuning")
-    group.add_argument("--sizes", type=int, nargs="+", default=[24, 96, 384], help="of the labelled sets")
-    group.add_argument("--seeds", type=int, default=5)
-    group.add_argument("--tuning-steps", type=int, default=200)
+    group.add_argument("--sizes", type=options.POSITIVE, nargs="+", default=[24, 96, 384], help="of the labelled sets")
+    group.add_argument("--seeds", type=options.POSITIVE, default=5)
+    group.add_argument("--tuning-steps", type=options.POSITIVE, default=200)
     options.add_device(main)
+    options.add_attention(main)
     options.add_model(main)
     options.add_training(main)
     return main

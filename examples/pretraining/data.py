@@ -13,6 +13,7 @@ from torch import Tensor
 
 from examples.common.batching import pad
 from examples.common.errors import UserError
+from examples.common.files import read_text
 from examples.common.tokenizer import BOS, CLS, EOS, PAD, SEP, Tokenizer
 from examples.grammar import things
 from fastattn.transformer import next_sentence_pairs
@@ -28,7 +29,7 @@ def read_documents(paths: Sequence[Path]) -> list[list[str]]:
     """
     documents: list[list[str]] = []
     for path in paths:
-        text = _read(path)
+        text = read_text(path)
         for block in re.split(r"\n\s*\n", text):
             sentences = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(block.split())) if s]
             starts = range(0, len(sentences), SENTENCES_PER_DOCUMENT)
@@ -41,22 +42,12 @@ def read_documents(paths: Sequence[Path]) -> list[list[str]]:
 def read_labelled(path: Path) -> Labelled:
     """Lines of a label, a tab and a sentence."""
     pairs = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         label, tab, sentence = line.partition("\t")
         if not (tab and label.strip() and sentence.strip()):
             raise UserError(f"{path}, line {number}: expected a label, a tab and a sentence, got {line[:60]!r}")
         pairs.append((label.strip(), sentence.strip()))
     return pairs
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    return text
 
 
 class Task(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from examples.common import logs, processes
 from examples.common.batching import BatchPlan
-from examples.common.errors import UserError
-from examples.common.options import given, training_options
+from examples.common.errors import UserError, require
+from examples.common.files import write_text
+from examples.common.options import agree, given, plain, training_options
 from examples.common.tokenizer import BOS, CLS, EOS, MASK, PAD, SEP, Tokenizer
-from examples.common.training import Trainer
+from examples.common.training import FREE, Trainer
 from examples.grammar import things
 from examples.pretraining import data, finetune
 from fastattn.transformer import (
@@ -71,9 +74,9 @@ class CausalObjective(nn.Module):
 def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     """Everything, one after the other; returns the accuracies by arm and size."""
     sizes = sorted(args.sizes)
-    if min(sizes) < 1 or args.seeds < 1:
-        raise UserError(f"--sizes and --seeds must be at least 1, got {sizes} and {args.seeds}")
     device = processes.choose_device(args.device)
+    for library in ("matplotlib", "safetensors"):  # before the training, not after it
+        require(library)
     task = data.task_from_file(args.labelled, sizes[-1]) if args.labelled else data.default_task(sizes[-1])
     with processes.process_group(device), processes.attention(args.attention):
         tokenizer, config = pretrain(args, device)
@@ -85,10 +88,10 @@ def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
         results = tuning.compare(sizes, args.seeds, say)
         if processes.rank() == 0:
             chance = 100 * max(sum(label == y for label, _ in task.test) for y in task.labels) / len(task.test)
-            finetune.save(results, args.out, chance)
             print(f"weights taken over: {tuning.report}")
             print(f"accuracy on {len(task.test)} held-out sentences, {len(task.labels)} labels, {args.seeds} seeds")
             print(finetune.table(results))
+            finetune.save(results, args.out, chance)
             print(f"written: {args.out / 'results.json'}, {args.out / 'results.png'}")
     return results
 
@@ -98,10 +101,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> tuple[Tokenizer,
     folder = args.out / "model"
     options, sizes = training_options(args, PRESET), given(args, PRESET)
     if args.resume and (folder / "done.json").exists():
-        described = json.loads((folder / "done.json").read_text())
-        if described["objective"] != args.objective:
-            raise UserError(f"{folder} was pre-trained by --objective {described['objective']}")
-        return Tokenizer.load(folder / "tokenizer.json"), _kind(args).from_pretrained(folder).config
+        return _pretrained(args, folder)
     if not args.resume and args.out.exists() and any(args.out.iterdir()) and processes.rank() == 0:
         raise UserError(f"{args.out} is not empty: --resume goes on with it, another --out starts a new one")
     processes.barrier()
@@ -119,17 +119,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> tuple[Tokenizer,
         for part in (documents[held:], documents[:held] if held > 1 else documents)
     )
     torch.manual_seed(options.seed)
-    config = TransformerConfig(
-        vocab_size=len(tokenizer), padding_id=PAD, max_length=sizes["max_length"],
-        num_segments=2 if args.objective == "mlm" else 0, d_model=sizes["d_model"], nhead=sizes["heads"],
-        num_encoder_layers=sizes["layers"], num_decoder_layers=sizes["layers"], dim_feedforward=sizes["feedforward"],
-        dropout=sizes["dropout"], activation=sizes["activation"], norm_first=sizes["norm"] == "pre",
-    )  # fmt: skip
-    objective: MaskedObjective | CausalObjective
-    if args.objective == "mlm":
-        objective = MaskedObjective(PretrainingModel(config, device))
-    else:
-        objective = CausalObjective(CausalLM(config, device))
+    objective = new_objective(args.objective, sizes, len(tokenizer), device)
     trainer = Trainer(
         objective,
         lambda batch: data.collate([train[i] for i in batch], device),
@@ -141,15 +131,42 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> tuple[Tokenizer,
     trainer.run(args.resume)
     if processes.rank() == 0:
         objective.model.save_pretrained(folder)
-        (folder / "done.json").write_text(json.dumps({"objective": args.objective, "steps": trainer.step}) + "\n")
+        made_with = {"objective": args.objective, "text": plain(args.text), **asdict(options), **sizes}
+        made_with = {name: value for name, value in made_with.items() if name == "steps" or name not in FREE}
+        write_text(folder / "done.json", json.dumps(made_with, indent=2) + "\n")
         if (args.out / "log.csv").exists():
             logs.plot(args.out / "log.csv", args.out / "curves.png", "")
     processes.barrier()
-    return tokenizer, config
+    return tokenizer, objective.model.config
 
 
-def _kind(args: argparse.Namespace) -> type[PretrainingModel] | type[CausalLM]:
-    return PretrainingModel if args.objective == "mlm" else CausalLM
+def _pretrained(args: argparse.Namespace, folder: Path) -> tuple[Tokenizer, TransformerConfig]:
+    """What an earlier run has left in ``folder``, if it was asked for the same."""
+    kind = PretrainingModel if args.objective == "mlm" else CausalLM
+    try:
+        agree(args, json.loads((folder / "done.json").read_text()), folder)
+        return Tokenizer.load(folder / "tokenizer.json"), kind.from_pretrained(folder).config
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{error}; start anew with another --out") from error
+
+
+def new_objective(
+    name: str, sizes: dict[str, Any], vocab_size: int, device: torch.device
+) -> MaskedObjective | CausalObjective:
+    """An objective on an untrained model."""
+    try:
+        config = TransformerConfig(
+            vocab_size=vocab_size, padding_id=PAD, max_length=sizes["max_length"],
+            num_segments=2 if name == "mlm" else 0, d_model=sizes["d_model"], nhead=sizes["heads"],
+            num_encoder_layers=sizes["layers"], num_decoder_layers=sizes["layers"],
+            dim_feedforward=sizes["feedforward"], dropout=sizes["dropout"], activation=sizes["activation"],
+            norm_first=sizes["norm"] == "pre",
+        )  # fmt: skip
+        if name == "mlm":
+            return MaskedObjective(PretrainingModel(config, device))
+        return CausalObjective(CausalLM(config, device))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _examples(objective: str, documents: list[list[str]], tokenizer: Tokenizer, max_length: int) -> list[data.Example]:

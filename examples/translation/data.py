@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from examples.common.errors import UserError, require
+from examples.common.files import read_text, write_text
 from examples.common.tokenizer import Tokenizer
 from examples.grammar import numbers
 
@@ -30,16 +31,7 @@ def numbers_source(train: int, held_out: int, seed: int = 0) -> dict[str, Iterab
 def files_source(src: Path, tgt: Path, held_out: int, seed: int = 0) -> dict[str, Iterable[Text]]:
     """Two files whose lines correspond. Lines empty on either side are left out; ``held_out`` lines each, chosen by
     ``seed``, are validation and test, and no pair is in two splits."""
-    sides = []
-    for path in (src, tgt):
-        try:
-            sides.append(path.read_text(encoding="utf-8").split("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        if sides[-1][-1] == "":
-            sides[-1].pop()
-        if not sides[-1]:
-            raise UserError(f"{path} is empty")
+    sides = [read_text(path).removesuffix("\n").split("\n") for path in (src, tgt)]
     if len(sides[0]) != len(sides[1]):
         raise UserError(
             f"line i of {src} must be the translation of line i of {tgt}, but they have {len(sides[0])} and "
@@ -95,18 +87,23 @@ class _Repeatable:
         return iter(self.make(*self.arguments))
 
 
-def prepare(source: dict[str, Iterable[Text]], folder: Path, vocab_size: int, max_length: int) -> dict[str, Any]:
+def prepare(source: dict[str, Iterable[Text]], folder: Path, made_with: dict[str, Any]) -> dict[str, Any]:
     """Learn the tokenizer from the training pairs, encode every split, and write all of it into ``folder``.
 
     Pairs of more than ``max_length`` tokens on a side are left out of training and validation; the test stays whole.
+
+    Args:
+        made_with: how the data are asked for, written down; of it, ``vocab_size`` and ``max_length`` are used.
 
     Returns:
         What ``meta.json`` holds: sizes and what was left out.
     """
     save_file = require("safetensors.torch").save_file
     folder.mkdir(parents=True, exist_ok=True)
-    meta: dict[str, Any] = {"max_length": max_length, "pairs": {}, "left_out": {}}
-    tokenizer = Tokenizer.train((text for pair in source["train"] for text in pair), vocab_size)
+    (folder / "meta.json").unlink(missing_ok=True)  # it says that all is there, and of what
+    max_length = made_with["max_length"]
+    meta: dict[str, Any] = {"made_with": made_with, "max_length": max_length, "pairs": {}, "left_out": {}}
+    tokenizer = Tokenizer.train((text for pair in source["train"] for text in pair), made_with["vocab_size"])
     tokenizer.save(folder / "tokenizer.json")
     for split in SPLITS:
         sides: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -133,7 +130,7 @@ def prepare(source: dict[str, Iterable[Text]], folder: Path, vocab_size: int, ma
         meta["pairs"][split], meta["left_out"][split] = len(sides[0]), left_out
     (folder / "train.jsonl").unlink()
     meta["vocab_size"] = len(tokenizer)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")  # last: it says that all is there
+    write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
     return meta
 
 
@@ -142,9 +139,10 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.meta = json.loads((folder / "meta.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} holds no prepared data: run prepare first ({error})") from error
+            meta = json.loads((folder / "meta.json").read_text())
+            self.meta = {name: meta[name] for name in ("made_with", "pairs", "max_length", "vocab_size")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no prepared data: run prepare first ({error!r})") from error
         self.folder = folder
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
 
@@ -153,14 +151,27 @@ class Corpus:
         load_file = require("safetensors.torch").load_file
         path = self.folder / f"{split}.safetensors"
         try:
-            return Pairs(load_file(str(path)))
-        except Exception as error:
-            raise UserError(f"{path} is damaged, run prepare again: {error}") from error
+            pairs = Pairs(load_file(str(path)))
+        except Exception as error:  # safetensors raises its own type, or none in particular
+            raise UserError(f"{path} is damaged, prepare again: {error}") from error
+        lowest, highest = pairs.ids()
+        if len(pairs) != self.meta["pairs"][split] or not 0 <= lowest <= highest < len(self.tokenizer):
+            raise UserError(
+                f"{path} does not fit the tokenizer and meta.json beside it, prepare again: {len(pairs)} pairs of "
+                f"token ids in [{lowest}, {highest}], not {self.meta['pairs'][split]} in [0, {len(self.tokenizer)})"
+            )
+        return pairs
 
     def texts(self, split: str) -> list[Text]:
         """The sentences of validation or test."""
-        lines = (self.folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [tuple(json.loads(line)) for line in lines]
+        path = self.folder / f"{split}.jsonl"
+        try:
+            texts: list[Text] = [(a, b) for a, b in map(json.loads, read_text(path).splitlines())]
+            if len(texts) != self.meta["pairs"][split]:
+                raise ValueError(f"{len(texts)} pairs, not {self.meta['pairs'][split]}")
+        except ValueError as error:
+            raise UserError(f"{path} is damaged, prepare again: {error}") from error
+        return texts
 
 
 class Pairs(Sequence[tuple[Tensor, Tensor]]):
@@ -169,6 +180,9 @@ class Pairs(Sequence[tuple[Tensor, Tensor]]):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.flat = {name: tensors[name] for name in ("src", "tgt")}
         self.bounds = {name: [0, *tensors[f"{name}_ends"].tolist()] for name in ("src", "tgt")}
+        for name, bounds in self.bounds.items():
+            if bounds != sorted(bounds) or bounds[-1] != len(self.flat[name]) or len(bounds) != len(self) + 1:
+                raise ValueError(f"{name}_ends does not part {name}")
 
     def __len__(self) -> int:
         return len(self.bounds["src"]) - 1
@@ -176,6 +190,11 @@ class Pairs(Sequence[tuple[Tensor, Tensor]]):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         src, tgt = (self.flat[name][self.bounds[name][i] : self.bounds[name][i + 1]] for name in ("src", "tgt"))
         return src, tgt
+
+    def ids(self) -> tuple[int, int]:
+        """The least and the greatest token id."""
+        least, greatest = zip(*(torch.aminmax(ids) for ids in self.flat.values()), strict=True)
+        return int(min(least)), int(max(greatest))
 
     def lengths(self) -> list[tuple[int, ...]]:
         """Source and target lengths of every pair, with the end and begin tokens that training adds."""

@@ -133,4 +133,10 @@ def load(folder: Path, device: torch.device) -> tuple[Seq2SeqTransformer, Tokeni
         raise UserError(f"{folder} holds no trained model: run train first") from error
     except (ValueError, ModuleNotFoundError) as error:
         raise UserError(str(error)) from error
-    return model.eval(), Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if len(tokenizer) != model.config.vocab_size:
+        raise UserError(
+            f"tokenizer.json of {folder} has {len(tokenizer)} tokens, the model beside it {model.config.vocab_size}: "
+            f"they are not of the same run"
+        )
+    return model.eval(), tokenizer

@@ -54,6 +54,8 @@ class TransformerConfig:
         smallest = min(self.vocab_size, self.tgt_vocab_size or self.vocab_size)
         if self.padding_id is not None and not 0 <= self.padding_id < smallest:
             raise ValueError(f"padding_id must be in [0, {smallest}), got {self.padding_id}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {self.dropout}")
         if self.num_segments < 0:
             raise ValueError(f"num_segments must not be negative, got {self.num_segments}")
         get_activation(self.activation)
@@ -78,10 +80,13 @@ class TransformerConfig:
         """The configuration that :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: a name that no field has, or no ``vocab_size``.
+            ValueError: a name that no field has, no ``vocab_size``, or a value that is none.
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown or "vocab_size" not in values:
             what = f"unknown: {', '.join(unknown)}" if unknown else "no vocab_size"
             raise ValueError(f"not a TransformerConfig ({what})")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"not a TransformerConfig ({error})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made if need be.
 
-        Each file is written whole and then renamed. Parameters that are tied are written once.
+        Each file is written whole and then renamed. Parameters that are tied are written once. The weights carry a
+        checksum in their metadata.
 
         Raises:
             ValueError: the configuration holds a function (an activation without a name).
@@ -69,7 +71,7 @@ class PretrainedModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
         part = folder / f"{WEIGHTS_FILE}.{os.getpid()}.part"
-        save_file(weights, str(part))
+        save_file(weights, str(part), metadata={"format": "pt", "crc32": _checksum(weights)})
         part.replace(folder / WEIGHTS_FILE)
         part = folder / f"{CONFIG_FILE}.{os.getpid()}.part"
         part.write_text(json.dumps(described, indent=2) + "\n")
@@ -96,8 +98,11 @@ class PretrainedModel(nn.Module):
         weights = read_weights(folder)
         if dtype is None and weights:
             dtype = next(iter(weights.values())).dtype
-        config = TransformerConfig.from_dict(described["config"])
-        model = cls(config, **described["arguments"], device=device, dtype=dtype)
+        try:
+            config = TransformerConfig.from_dict(described["config"])
+            model = cls(config, **described["arguments"], device=device, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{Path(folder) / CONFIG_FILE} does not describe a {cls.__name__}: {error}") from error
         report = model.load_weights(weights)
         if report.missing or report.unused or report.mismatched:
             raise ValueError(f"{Path(folder) / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {report}")
@@ -142,15 +147,27 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         ValueError: the file is damaged.
         ModuleNotFoundError: safetensors is not installed.
     """
-    load_file = _safetensors().load_file
+    safe_open = _safetensors().safe_open
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_FILE} in {folder}: save_pretrained writes it")
     try:
-        weights: dict[str, Tensor] = load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata: dict[str, str] = file.metadata() or {}
+        if metadata.get("crc32", found := _checksum(weights)) != found:
+            raise ValueError(f"its checksum is {found}, not {metadata['crc32']}")
     except Exception as error:  # safetensors raises its own type, or none in particular
         raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
     return weights
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
+    """Of the bytes of the tensors, in the order of their names; files by other hands need not have one."""
+    crc = 0
+    for name in sorted(weights):
+        crc = zlib.crc32(weights[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
