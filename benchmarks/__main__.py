@@ -3,6 +3,7 @@
     python -m benchmarks                            everything: the check on text, then every timing suite
     python -m benchmarks check --text book.txt      the check alone, on a text of your own
     python -m benchmarks attention calls            some suites
+    python -m benchmarks cpu --full                 the CPU kernels against their targets, on the whole grid
     python -m benchmarks report results.json        tables and plot anew from rows
     python -m benchmarks tune                       Triton's configs and variants, on a GPU, beside torch's kernels
     python -m benchmarks cuda --seconds 240         CUDA kernels and their variants, on a GPU, beside cuDNN and FA3
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-SUITES = ("check", "attention", "module", "transformer", "calls")
+SUITES = ("check", "attention", "module", "transformer", "calls", "cpu")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where torch sees a GPU)")
     parser.add_argument("--quick", action="store_true", help="one small case per suite: does it run, not how fast")
     parser.add_argument("--seconds", type=float, default=240.0, help="of cuda: what the whole run may take (240)")
+    parser.add_argument("--full", action="store_true", help="suite cpu: the whole grid, minutes, not a choice of it")
     parsed = parser.parse_args(arguments)
     if parsed.what[0] in ("report", "order"):
         if len(parsed.what) == 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
-from fastattn import dispatch
+from fastattn import dispatch, reference
 from fastattn.spec import AttentionSpec
 from fastattn.transformer import Transformer
 
@@ -31,16 +32,22 @@ class Case:
     head_dim: int
     causal: bool = False
     heads_k: int | None = None
-    masked: bool = False  #: a boolean mask (batch, 1, 1, seqlen_k): padding that leaves 3/4 of the keys on average
+    masked: bool = False  #: a boolean mask (batch, 1, 1, seqlen_k): padding that leaves from half of the keys to all
+    head_dim_v: int | None = None
+    window: tuple[int, int] | None = None
+    dropout_p: float = 0.0
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads_k is None else f"{self.heads}/{self.heads_k}"
         lengths = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q} on {self.seqlen_k}"
+        dims = f"{self.head_dim}" if self.head_dim_v is None else f"{self.head_dim}/{self.head_dim_v}"
         kind = "causal" if self.causal else "padded" if self.masked else "full"
-        return f"B{self.batch} H{heads} S{lengths} D{self.head_dim} {kind}"
+        kind = kind if self.window is None else f"window {self.window[0]}, {self.window[1]}"
+        kind += f" dropout {self.dropout_p}" if self.dropout_p else ""
+        return f"B{self.batch} H{heads} S{lengths} D{dims} {kind}"
 
     def labels(self) -> dict[str, object]:
-        plain = self.heads_k is None and not self.masked and self.seqlen_q == self.seqlen_k
+        plain = self == Case(self.batch, self.heads, self.seqlen_k, self.seqlen_k, self.head_dim, self.causal)
         return {"seqlen": self.seqlen_k, "head_dim": self.head_dim, "causal": self.causal, "plain": plain}
 
     def spec(self, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
@@ -51,11 +58,12 @@ class Case:
             seqlen_q=self.seqlen_q,
             seqlen_k=self.seqlen_k,
             head_dim_qk=self.head_dim,
-            head_dim_v=self.head_dim,
+            head_dim_v=self.head_dim_v or self.head_dim,
             dtype=dtype,
             device=device.type,
             softmax_scale=self.head_dim**-0.5,
-            window=(None, 0) if self.causal else (None, None),
+            window=(None, 0) if self.causal else self.window or (None, None),
+            dropout_p=self.dropout_p,
             offset=self.seqlen_k - self.seqlen_q,
             mask=(self.batch, 1, 1, self.seqlen_k) if self.masked else None,
             needs_grad=True,
@@ -65,14 +73,21 @@ class Case:
         """Random ``q, k, v``, the mask or None, and a random output gradient."""
         torch.manual_seed(self.seqlen_k)
         heads_k = self.heads_k or self.heads
-        shapes = [(self.heads, self.seqlen_q), (heads_k, self.seqlen_k), (heads_k, self.seqlen_k)]
-        shapes.append((self.heads, self.seqlen_q))
-        q, k, v, grad = (torch.randn(self.batch, *s, self.head_dim, device=device).to(dtype) for s in shapes)
+        of_q, of_k = (self.batch, self.heads, self.seqlen_q), (self.batch, heads_k, self.seqlen_k)
+        dim_v = self.head_dim_v or self.head_dim
+        shapes = [(*of_q, self.head_dim), (*of_k, self.head_dim), (*of_k, dim_v), (*of_q, dim_v)]
+        q, k, v, grad = (torch.randn(s, device=device).to(dtype) for s in shapes)
         mask = None
         if self.masked:
             lengths = torch.linspace(self.seqlen_k / 2, self.seqlen_k, self.batch, device=device).long()
             mask = (torch.arange(self.seqlen_k, device=device) < lengths[:, None])[:, None, None]
         return q, k, v, mask, grad
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What fastattn's call takes beside q, k, v, the mask and ``causal``."""
+        seed = torch.tensor([20]) if self.dropout_p else None
+        return {"window": self.window, "dropout_p": self.dropout_p, "dropout_seed": seed}
 
 
 @dataclass(frozen=True)
@@ -98,17 +113,21 @@ def backend_names(device: torch.device) -> dict[str, str | None]:
     return names
 
 
-def _ours(name: str, causal: bool) -> Attention:
-    return lambda q, k, v, mask: fastattn.attention(q, k, v, mask=mask, causal=causal, backend=name)
+def _ours(name: str, case: Case) -> Attention:
+    options = {"causal": case.causal, "backend": name, **case.options}
+    return lambda q, k, v, mask: fastattn.attention(q, k, v, mask=mask, **options)
 
 
 def _sdpa(case: Case, kernel: nn.attention.SDPBackend | None = None) -> Attention:
     """torch's fused attention; its causal mask is drawn from the top left, so causal cases have equal lengths."""
     assert not case.causal or case.seqlen_q == case.seqlen_k
-    gqa = case.heads_k is not None
+    gqa, band, dropout = case.heads_k is not None, None, case.dropout_p
+    if case.window is not None:
+        band = reference.visible_keys(case.seqlen_q, case.seqlen_k, case.window, case.seqlen_k - case.seqlen_q)
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal, enable_gqa=gqa)
+        seen = band if mask is None else mask
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=case.causal, enable_gqa=gqa)
 
     def isolated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         with nn.attention.sdpa_kernel(kernel):
@@ -137,7 +156,7 @@ def attention_contenders(case: Case, dtype: torch.dtype, device: torch.device) -
         if reason is None:
             reasons = dispatch.backends()[name].unsupported_reasons(spec)
             reason = f"unsupported: {'; '.join(reasons)}" if reasons else None
-        found.append(Contender(f"fastattn {name}", _ours(name, case.causal), reason))
+        found.append(Contender(f"fastattn {name}", _ours(name, case), reason))
     if device.type == "cpu":
         found.append(Contender("torch sdpa", _sdpa(case)))
     else:
@@ -150,7 +169,19 @@ def attention_contenders(case: Case, dtype: torch.dtype, device: torch.device) -
             found.append(Contender("torch flex", None, "not set up for a padding mask"))
         else:
             found.append(Contender("torch flex", _flex(case, device)))
-    found.append(Contender("naive", _ours("reference", case.causal)))
+    found.append(Contender("naive", _ours("reference", case)))
+    return found
+
+
+def cpu_contenders(case: Case, dtype: torch.dtype) -> list[Contender]:
+    """fastattn's CPU kernels and torch's attention; where its score matrix is small, its unfused one too."""
+    backend = dispatch.backends()["cpu"]
+    reason = backend.unavailable_reason() or "; ".join(
+        backend.unsupported_reasons(case.spec(dtype, torch.device("cpu")))
+    )
+    found = [Contender("fastattn cpu", _ours("cpu", case), reason or None), Contender("torch sdpa", _sdpa(case))]
+    if case.batch * case.heads * case.seqlen_q * case.seqlen_k <= 1 << 24:
+        found.append(Contender("torch sdpa math", _sdpa(case, nn.attention.SDPBackend.MATH)))
     return found
 
 

@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from benchmarks.rows import Results, Row, distinct
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    headers: list[str]
-    rows: list[list[str]]
-    notes: tuple[str, ...] = ()
-
-    def markdown(self) -> str:
-        def line(cells: Iterable[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-        rule = "|" + "---|" * len(self.headers)
-        body = [line(self.headers), rule, *(line(row) for row in self.rows)]
-        return "\n".join([f"### {self.title}", "", *body, "", *(f"{note}\n" for note in self.notes)])
-
-    def rich(self) -> RichTable:
-        notes = "\n".join(self.notes) or None
-        table = RichTable(
-            title=self.title, caption=notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
-        )
-        for header in self.headers:
-            table.add_column(header, overflow="fold", min_width=6)
-        for row in self.rows:
-            style = "bold red" if any("FAILED" in cell or "wrong:" in cell for cell in row) else None
-            table.add_row(*row, style=style)
-        return table
+from benchmarks.table import Table
+from benchmarks.targets import accuracy_table, target_table
 
 
 def make_console() -> Console:
@@ -112,7 +83,7 @@ def baseline(contenders: Sequence[str]) -> str | None:
 def ratio_table(suite: str, rows: Sequence[Row]) -> Table:
     """Times side by side, each with torch's time over its own: above 1.00 is faster than torch."""
     rows = [row for row in rows if row.suite == suite]
-    contenders = distinct(row.contender for row in rows)
+    contenders = [name for name in distinct(row.contender for row in rows) if not name.startswith("peak")]
     notes = []
     for name in list(contenders):
         reasons = {row.blank.get("median_ms") for row in rows if row.contender == name}
@@ -188,7 +159,12 @@ def suites_of(results: Results) -> list[str]:
 def tables(results: Results) -> list[Table]:
     """The tables worth reading first."""
     found = [check_table(results.checks)] if results.checks else []
-    return found + [ratio_table(suite, results.rows) for suite in suites_of(results)]
+    return found + [table for suite in suites_of(results) for table in suite_tables(suite, results.rows)]
+
+
+def suite_tables(suite: str, rows: Sequence[Row]) -> list[Table]:
+    further = [target_table(rows), accuracy_table(rows)] if suite == "cpu" else []
+    return [ratio_table(suite, rows), *further]
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:

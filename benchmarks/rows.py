@@ -13,7 +13,7 @@ from typing import Any
 class Row:
     """One contender on one case. A figure that is None is explained in ``blank``, under the figure's name."""
 
-    suite: str  #: attention, module, transformer or calls
+    suite: str  #: attention, module, transformer, calls or cpu
     case: str  #: the shape in words, the same for every contender
     direction: str  #: forward, backward or forward+backward
     dtype: str
@@ -29,6 +29,7 @@ class Row:
     copy_percent: float | None = None  #: of the copy ceiling of the same machine
     peak_memory_mib: float | None = None  #: allocated during the call beyond what was allocated before it
     max_error: float | None = None  #: largest error of output and gradients over the oracle's largest value
+    errors: dict[str, list[float]] = field(default_factory=dict)  #: suite cpu: by tensor, largest error and rms error
     blank: dict[str, str] = field(default_factory=dict)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks import machine, suites
-from benchmarks.report import check_table, machine_lines, make_console, ratio_table, write_report
+from benchmarks.cpu import cpu_jobs
+from benchmarks.report import check_table, machine_lines, make_console, suite_tables, write_report
 from benchmarks.rows import Results
 from benchmarks.textcheck import check_text, interpreted, read_text
 from fastattn import dispatch
@@ -31,7 +33,7 @@ def run(options: argparse.Namespace, device: torch.device, arguments: Sequence[s
         failures += _check(console, results, read_text(options.text), device, options.quick)
     timed = [name for name in options.what if name != "check"]
     if timed:
-        failures += _time(console, results, timed, device, options.quick)
+        failures += _time(console, results, timed, device, options)
 
     out = options.out or DEFAULT_OUT
     results.save(out / "results.json")
@@ -80,8 +82,11 @@ def _check(console: Console, results: Results, text: bytes, device: torch.device
     return [f"{v.backend} {v.dtype} in {v.model} ({v.size}): {v.complaint}" for v in verdicts if v.failed]
 
 
-def _time(console: Console, results: Results, names: Sequence[str], device: torch.device, quick: bool) -> list[str]:
-    jobs = [(name, job) for name in names for job in suites.SUITES[name](device, quick)]
+def _time(
+    console: Console, results: Results, names: Sequence[str], device: torch.device, options: argparse.Namespace
+) -> list[str]:
+    quick, makers = options.quick, {**suites.SUITES, "cpu": partial(cpu_jobs, full=options.full)}
+    jobs = [(name, job) for name in names for job in makers[name](device, quick)]
     console.print(f"\ntiming: {', '.join(names)}", style="bold")
     with _progress(console) as progress:
         task = progress.add_task("ceilings: a large matmul, a large copy", total=len(jobs))
@@ -93,5 +98,6 @@ def _time(console: Console, results: Results, names: Sequence[str], device: torc
             results.rows += job.run(bench)
             progress.advance(task)
             if at + 1 == len(jobs) or jobs[at + 1][0] != name:
-                progress.console.print(ratio_table(name, results.rows).rich())
+                for table in suite_tables(name, results.rows):
+                    progress.console.print(table.rich())
     return bench.failures

@@ -79,7 +79,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _timed_calls(run: Callable[[], Tensor], wanted: Sequence[Tensor], grad: Tensor, direction: str) -> Callable:
+def timed_calls(run: Callable[[], Tensor], wanted: Sequence[Tensor], grad: Tensor, direction: str) -> Callable:
     """The call to time. ``backward`` keeps one graph; ``forward`` builds none."""
     if direction == "forward":
         return torch.no_grad()(run)
@@ -98,6 +98,7 @@ class Entry:
     wanted: Sequence[Tensor] = ()
     blank: str | None = None
     max_error: float | None = None
+    errors: dict[str, list[float]] = field(default_factory=dict)
     names: Sequence[str] = ()  #: of the wanted tensors
 
     @property
@@ -122,7 +123,7 @@ def time_entries(
             if e.run is None or e.blank:
                 continue
             try:
-                call = _timed_calls(e.run, e.wanted, grad, direction)
+                call = timed_calls(e.run, e.wanted, grad, direction)
                 peaks[e.name] = peak_memory_mib(call, bench.device)
                 calls[e.name] = call
             except (RuntimeError, NotImplementedError) as error:  # out of memory among them
@@ -170,7 +171,7 @@ def _attention_case(bench: Bench, case: Case, dtype: torch.dtype) -> Iterator[Ro
             leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
             entry.wanted, entry.run = leaves, partial(attention, *leaves, mask)
             check = partial(run_attention, attention, q, k, v, mask, grad)
-            _judge(bench, entry, check, truth, f"{case} {_name(dtype)}", dtype)
+            judge(bench, entry, check, truth, f"{case} {_name(dtype)}", dtype)
         entries.append(entry)
     del truth
     spec = case.spec(dtype, bench.device)
@@ -178,7 +179,7 @@ def _attention_case(bench: Bench, case: Case, dtype: torch.dtype) -> Iterator[Ro
     yield from time_entries(bench, base, entries, grad, lambda d: (spec.flops(d), spec.bytes(d)))
 
 
-def _judge(
+def judge(
     bench: Bench,
     entry: Entry,
     outcome: Callable[[], Mapping[str, Tensor]],
@@ -196,6 +197,7 @@ def _judge(
         entry.blank = _failure(error)
     else:
         entry.max_error = max(each.error for each in found)
+        entry.errors = {each.name: [each.error, each.rms] for each in found}
         bad = worst(found)
         if entry.ours and not bad.passed:
             entry.blank = f"wrong: {bad.name} error {bad.error:.1e}, limit {bad.limit:.1e}"
@@ -230,7 +232,7 @@ def _model_case(bench: Bench, case: ModelCase, dtype: torch.dtype) -> Iterator[R
         entry = Entry(contender.name, None, blank=contender.blank)
         if not contender.blank:
             entry = _model_entry(case, contender, theirs, inputs, dtype)
-            _judge(bench, entry, lambda c=contender: outcome(c, dtype), truth, f"{case.title} {_name(dtype)}", dtype)
+            judge(bench, entry, lambda c=contender: outcome(c, dtype), truth, f"{case.title} {_name(dtype)}", dtype)
         entries.append(entry)
     base = Row(case.suite, case.title, "", _name(dtype), "")
     yield from time_entries(bench, base, entries, grad, None)
@@ -270,7 +272,7 @@ def _calls(bench: Bench) -> Iterator[Row]:
     }
     for direction in ("forward", "forward+backward"):
         wanted = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        calls = {name: _timed_calls(partial(f, *wanted), wanted, grad, direction) for name, f in functions.items()}
+        calls = {name: timed_calls(partial(f, *wanted), wanted, grad, direction) for name, f in functions.items()}
         for name, sample in time_calls(calls, cpu, bench.budget_s).items():
             row = Row("calls", str(case), direction, "float32", name, samples=sample.count)
             row.median_ms, row.p20_ms, row.p80_ms = sample.median_ms, sample.p20_ms, sample.p80_ms
