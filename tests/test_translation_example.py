@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from examples.common.errors import UserError, require
 from examples.common.training import Options, Trainer, learning_rate_at
 from examples.translation import __main__ as command
 from examples.translation import program
+from fastattn.dispatch import backends
 from fastattn.transformer import Seq2SeqTransformer
 
 ROOT = Path(__file__).parents[1]
@@ -184,17 +186,28 @@ def test_two_processes_train_like_one_that_accumulates(out: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("attention", ["auto", "cpu", "triton", "cuda"])
-def test_every_backend_trains_the_same(attention: str, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_backend_trains_the_same(
+    attention: str, prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five steps with dropout: no further from float64 than the naive attention is."""
     device = device_of(attention) if attention != "auto" else "cpu"
     if device is None:
         pytest.skip(f"{attention} cannot run here")
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, forward: Any) -> Any:
+        return lambda *args: calls.update([name]) or forward(*args)
+
+    for name, backend in backends().items():
+        monkeypatch.setattr(backend, "forward", counted(name, backend.forward))
     found = run(
         "compare", "--out", prepared, "--attentions", attention, "--device", device, *TINY, "--steps", 5, "--heads", 1,
         "--dropout", 0.1, "--max-tokens", 40,  # a pair each: Triton's interpreter is slow
     )  # fmt: skip
     oracle, naive, actual = (torch.tensor(found[n], dtype=torch.float64) for n in ("float64", "naive", attention))
     assert oracle.unique().numel() == 5
+    fused = "cpu" if attention == "auto" else attention
+    assert calls == {"reference": 2 * calls[fused], fused: 5 * 3}  # of each layer: encoder, decoder, cross
     assert_close_to_oracle(actual.float(), naive.float(), oracle, "loss")
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[0] == attention and float(row[1]) == pytest.approx(found[attention][0])
