@@ -45,7 +45,7 @@ def test_whole_path_and_resume(objective: str, tmp_path: Path, capsys: pytest.Ca
     )
     assert (tmp_path / "run" / "results.png").stat().st_size > 1000
     assert "classifier.weight" in printed and "gain, least to greatest" in printed
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="holds a run"):
         run(*words)
     assert run(*words, "--resume") == results  # the pre-trained model is there: only fine-tuned again
 
