@@ -39,6 +39,11 @@ def log_probability(model: ft.CausalLM, prompt: Tensor, new: Tensor) -> float:
 # Beams
 
 
+def test_length_penalty() -> None:
+    assert [length_penalty_of(n, 2.0) for n in (1, 7, 13)] == pytest.approx([1, 4, 9])
+    assert length_penalty_of(7, -0.5) == pytest.approx(2**-0.5) and length_penalty_of(99, 0.0) == 1
+
+
 @pytest.mark.parametrize("early_stopping", [True, False])
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 5.0, -1.0])
 def test_one_beam_is_greedy(alpha: float, early_stopping: bool) -> None:
@@ -87,6 +92,37 @@ def test_beams_are_distinct_sorted_and_scored_as_the_model_scores_them() -> None
         for row, score in zip(rows, beams.scores[i].tolist(), strict=True):
             expected = log_probability(model, prompt[i], torch.tensor(row)) / length_penalty_of(len(row), 0.6)
             assert score == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+@pytest.mark.parametrize("alpha", [0.6, -1.0])
+def test_beams_are_those_of_a_search_written_out(alpha: float, early_stopping: bool) -> None:
+    """Hypothesis by hypothesis, by the whole model: what has ended keeps its place among the beams."""
+    model, num_beams, steps = causal(), 3, 5
+    prompt = tokens(4, 2)
+    eos = int(ft.generate_greedy(model, prompt, max_new_tokens=2)[0, 1])
+    found = ft.generate_beam(
+        model, prompt, max_new_tokens=steps, num_beams=num_beams, num_return=num_beams, eos_id=eos,
+        length_penalty=alpha, early_stopping=early_stopping,
+    )  # fmt: skip
+    early_ends = 0
+    for row, new, scores in zip(prompt, found.tokens.tolist(), found.scores.tolist(), strict=True):
+        live: list[tuple[float, list[int]]] = [(0.0, [])]
+        ended: list[tuple[float, list[int]]] = []
+        for step in range(1, steps + 1):
+            grown = []
+            for score, ids in live:
+                logp = model(torch.cat((row, torch.tensor(ids, dtype=torch.int64)))[None])[0, -1].log_softmax(-1)
+                grown += [(score + p, [*ids, t]) for t, p in enumerate(logp.tolist())]
+            best = sorted(grown, reverse=True)[: num_beams - len(ended)]
+            over = [(s, ids) for s, ids in best if ids[-1] == eos or step == steps]
+            early_ends += len(over) if step < steps else 0
+            ended += [(s / length_penalty_of(step, alpha), ids) for s, ids in over]
+            live = [(s, ids) for s, ids in best if (s, ids) not in over]
+        ended.sort(reverse=True)
+        assert [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in new] == [ids for _, ids in ended]
+        assert scores == pytest.approx([score for score, _ in ended], rel=1e-9)
+    assert early_ends >= 3
 
 
 @pytest.mark.parametrize("num_return", [1, 3])

@@ -18,6 +18,7 @@ for library in ("tokenizers", "safetensors", "matplotlib"):
 from examples.common import logs
 from examples.common.errors import UserError
 from examples.common.tokenizer import BOS, CLS, EOS, SEP, Tokenizer
+from examples.common.training import Trainer
 from examples.grammar import things
 from examples.pretraining import __main__ as command
 from examples.pretraining import data, finetune, program
@@ -44,9 +45,34 @@ def test_whole_path_and_resume(objective: str, tmp_path: Path, capsys: pytest.Ca
     )
     assert (tmp_path / "run" / "results.png").stat().st_size > 1000
     assert "classifier.weight" in printed and "gain, least to greatest" in printed
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="holds a run"):
         run(*words)
     assert run(*words, "--resume") == results  # the pre-trained model is there: only fine-tuned again
+
+
+def test_a_broken_run_goes_on_as_if_unbroken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*TINY, "--dropout", 0.2, "--sizes", 6, "--seeds", 1)
+    expected = run(*words, "--out", tmp_path / "unbroken")
+    save = Trainer._save
+
+    def save_and_die(self: Trainer) -> None:
+        save(self)
+        if self.step == 4:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "broken"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_save", save_and_die)
+        run(*words, "--out", out)
+    with pytest.raises(UserError, match="trained on other data"):
+        run(*words, "--out", out, "--resume", "--documents", 50)
+    assert run(*words, "--out", out, "--resume") == expected
+    curves = [[float(r["loss"]) for r in logs.read(folder / "log.csv")] for folder in (out, tmp_path / "unbroken")]
+    assert curves[0] == curves[1] and len(curves[0]) == 6
+    with pytest.raises(UserError, match="made with --objective mlm, not causal"):
+        run(*words, "--out", out, "--resume", "--objective", "causal")
+    with pytest.raises(UserError, match="made with --d-model 32, not 48"):
+        run(*words, "--out", out, "--resume", "--d-model", 48)
 
 
 def test_two_processes_train_like_one_that_accumulates(tmp_path: Path) -> None:

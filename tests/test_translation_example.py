@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ for library in ("tokenizers", "safetensors", "sacrebleu", "datasets", "matplotli
 
 from safetensors.torch import load_file, save_file
 
-from examples.common import checkpoint
+from examples.common import checkpoint, logs
 from examples.common.batching import BatchPlan, pad
 from examples.common.errors import UserError, require
-from examples.common.training import Options, learning_rate_at
+from examples.common.training import Options, Trainer, learning_rate_at
 from examples.translation import __main__ as command
 from examples.translation import program
+from fastattn.dispatch import backends
+from fastattn.transformer import Seq2SeqTransformer
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -183,17 +186,28 @@ def test_two_processes_train_like_one_that_accumulates(out: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("attention", ["auto", "cpu", "triton", "cuda"])
-def test_every_backend_trains_the_same(attention: str, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_backend_trains_the_same(
+    attention: str, prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five steps with dropout: no further from float64 than the naive attention is."""
     device = device_of(attention) if attention != "auto" else "cpu"
     if device is None:
         pytest.skip(f"{attention} cannot run here")
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, forward: Any) -> Any:
+        return lambda *args: calls.update([name]) or forward(*args)
+
+    for name, backend in backends().items():
+        monkeypatch.setattr(backend, "forward", counted(name, backend.forward))
     found = run(
         "compare", "--out", prepared, "--attentions", attention, "--device", device, *TINY, "--steps", 5, "--heads", 1,
         "--dropout", 0.1, "--max-tokens", 40,  # a pair each: Triton's interpreter is slow
     )  # fmt: skip
     oracle, naive, actual = (torch.tensor(found[n], dtype=torch.float64) for n in ("float64", "naive", attention))
     assert oracle.unique().numel() == 5
+    fused = "cpu" if attention == "auto" else attention
+    assert calls == {"reference": 2 * calls[fused], fused: 5 * 3}  # of each layer: encoder, decoder, cross
     assert_close_to_oracle(actual.float(), naive.float(), oracle, "loss")
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[0] == attention and float(row[1]) == pytest.approx(found[attention][0])
@@ -232,6 +246,37 @@ def test_learning_rate() -> None:
         assert learning_rate_at(step, options) == pytest.approx(rate)
     cooled = Options(steps=1000, learning_rate=2.0, warmup=100, cooldown=0.2)
     assert learning_rate_at(900, cooled) == pytest.approx(2 / 3 * 101 / 200) and learning_rate_at(1001, cooled) == 0
+
+
+@pytest.mark.parametrize(("clip", "norm"), [(1.0, 1.0), (20.0, 13.0), (0.0, 13.0)])
+def test_the_gradient_is_clipped(clip: float, norm: float, tmp_path: Path) -> None:
+    """The mean over all that counts in the batches of a step; the log keeps the norm from before."""
+
+    class Slope(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            return len(batch) * self.weight @ torch.tensor([3.0, 4.0, 12.0]), torch.tensor(len(batch))
+
+    objective, norms = Slope(), []
+    options = Options(steps=2, accumulate=2, clip=clip)
+    trainer = Trainer(objective, lambda batch: batch, BatchPlan([(1,)] * 7, 3, seed=0), options, tmp_path)
+    trainer.optimiser.register_step_pre_hook(lambda *_: norms.append(objective.weight.grad.norm().item()))
+    trainer.run()
+    assert norms == pytest.approx([norm, norm])
+    assert [float(row["gradient_norm"]) for row in logs.read(tmp_path / "log.csv")] == pytest.approx([13, 13])
+
+
+def test_the_best_model_is_kept(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([50.0, 60.0, 40.0])
+    monkeypatch.setattr(program, "score", lambda *_: {"bleu": next(scores)})
+    run("train", "--out", out, *TINY, "--steps", 3, "--validate-every", 1, "--checkpoint-every", 1)
+    assert json.loads((out / "model" / "score.json").read_text())["bleu"] == 60
+    kept = Seq2SeqTransformer.from_pretrained(out / "model").state_dict()
+    second = checkpoint.load(out / "checkpoint.previous.pt")
+    assert second["step"] == 2 and all(torch.equal(second["model"][f"model.{name}"], p) for name, p in kept.items())
 
 
 # Bad input

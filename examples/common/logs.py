@@ -72,7 +72,7 @@ def read(path: Path) -> list[dict[str, str]]:
 class Progress:
     """A progress bar on a terminal; elsewhere a plain line for every message."""
 
-    def __init__(self, total: int, done: int, shown: bool = True) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, shown: bool = True) -> None:
         self.bar: Any = None
         self.shown = shown
         if shown and sys.stdout.isatty():
@@ -82,7 +82,7 @@ class Progress:
                 rich.TimeElapsedColumn(), rich.TimeRemainingColumn(),
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task("training", total=total, completed=done)
+            self.task = self.bar.add_task(what, total=total, completed=done)
 
     def advance(self, steps: int = 1) -> None:
         if self.bar:

@@ -108,7 +108,7 @@ class Trainer:
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
         log = Log(self.folder, options.logs if self.first else (), self.step)
-        progress = Progress(options.steps, self.step, self.first)
+        progress = Progress("training", options.steps, self.step, self.first)
         if path:
             progress.say(f"resumed after step {self.step} from {path}")
         try:

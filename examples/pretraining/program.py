@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.common import logs, processes
+from examples.common import checkpoint, logs, processes
 from examples.common.batching import BatchPlan
 from examples.common.errors import UserError, require
 from examples.common.files import write_text
@@ -102,11 +102,12 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> tuple[Tokenizer,
     options, sizes = training_options(args, PRESET), given(args, PRESET)
     if args.resume and (folder / "done.json").exists():
         return _pretrained(args, folder)
-    if not args.resume and args.out.exists() and any(args.out.iterdir()) and processes.rank() == 0:
-        raise UserError(f"{args.out} is not empty: --resume goes on with it, another --out starts a new one")
+    begun = checkpoint.find(args.out)
+    if not args.resume and (begun or (folder / "done.json").exists()):
+        raise UserError(f"{args.out} holds a run: --resume goes on with it, another --out starts a new one")
     processes.barrier()
     documents = data.read_documents(args.text) if args.text else things.documents(sizes["documents"])
-    if processes.rank() == 0 and not (folder / "tokenizer.json").exists():
+    if processes.rank() == 0 and not begun:
         folder.mkdir(parents=True, exist_ok=True)
         Tokenizer.train((s for d in documents for s in d), sizes["vocab_size"]).save(folder / "tokenizer.json")
     processes.barrier()

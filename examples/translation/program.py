@@ -207,7 +207,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     corpus = data.Corpus(args.out / "data")
     texts = corpus.texts(args.split)[: args.limit]
     translator = translator_of(args)
-    progress = logs.Progress(len(texts), 0)
+    progress = logs.Progress("translating", len(texts))
     with processes.attention(args.attention):
         try:
             hypotheses = translator([a for a, _ in texts], progress.advance)
