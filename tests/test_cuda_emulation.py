@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, Inputs
 from tests.tolerance import assert_close_to_oracle
 
 pytest.importorskip("pybind11")
@@ -54,33 +55,59 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
     actual, naive, oracle = inputs.run(fastattn.attention, backend="cuda"), inputs.naive(), inputs.oracle()
     for name, value in actual.items():
         assert_close_to_oracle(value, naive[name], oracle[name], f"{case.name} {name}")
-    emulated.emulator.configure(seed=1)
-    for name, value in inputs.run(fastattn.attention, backend="cuda").items():
-        assert torch.equal(actual[name], value), f"{name} depends on the order of threads"
+    for seed in (1, 2):
+        emulated.emulator.configure(seed)
+        for name, value in inputs.run(fastattn.attention, backend="cuda").items():
+            assert torch.equal(actual[name], value), f"{name} depends on the order of threads"
 
 
-# More key tiles than stages, a key more and a key less than whole tiles, fewer keys than queries, every bucket.
+def shape(name: str, dim: int, seqlen_q: int, seqlen_k: int, **options: Any) -> Case:
+    sizes = {"batch": 1, "heads_q": 1, "heads_k": 1, "head_dim_qk": dim, "head_dim_v": dim}
+    return Case(name, seqlen_q=seqlen_q, seqlen_k=seqlen_k, **{**sizes, **options})
+
+
+# Every bucket of head dimensions of every kernel: more key tiles than stages, a key more and a key less than whole
+# tiles, fewer keys than queries. "general": the kernels that look at single entries.
+RULES = {"softcap": 2.0, "dropout_p": 0.2, "mask": (1, 1, 0, 0), "alibi": "heads"}
 SHAPES = [
-    Case("d32", head_dim_qk=32, head_dim_v=32, batch=1, heads_q=1, heads_k=1, seqlen_q=130, seqlen_k=257, causal=True),
-    Case("d64", head_dim_qk=64, head_dim_v=64, batch=1, heads_k=1, seqlen_q=70, seqlen_k=319, window=(90, 20)),
-    Case("d96", head_dim_qk=96, head_dim_v=88, batch=1, heads_q=1, heads_k=1, seqlen_q=140, seqlen_k=70, causal=True),
-    Case("d128", head_dim_qk=128, head_dim_v=128, batch=1, heads_q=1, heads_k=1, seqlen_q=70, seqlen_k=193),
-    Case("d192", head_dim_qk=192, head_dim_v=128, batch=1, heads_q=1, heads_k=1, seqlen_q=70, seqlen_k=95, causal=True),
-    Case("d256", head_dim_qk=256, head_dim_v=256, batch=1, heads_q=1, heads_k=1, seqlen_q=70, seqlen_k=97, causal=True),
-    Case("decode", head_dim_qk=64, head_dim_v=64, batch=1, heads_q=6, heads_k=2, seqlen_q=3, seqlen_k=590, causal=True),
+    shape("d32", 32, 130, 257, causal=True),
+    shape("d64", 64, 70, 319, heads_q=2, window=(90, 20)),
+    shape("d96", 96, 140, 70, head_dim_v=88, causal=True),
+    shape("d128", 128, 70, 193),
+    shape("d192", 192, 70, 95, head_dim_v=128, causal=True),
+    shape("d256", 256, 70, 97, causal=True),
+    shape("general_64", 64, 70, 133, **RULES),
+    shape("general_128", 128, 33, 130, causal=True, **RULES),
+    shape("general_256", 256, 33, 66, **RULES),
+    shape("decode", 64, 3, 590, heads_q=6, heads_k=2, causal=True),
+]
+SIMT_SHAPES = [
+    shape("d64", 64, 70, 130, causal=True),
+    shape("d128", 128, 33, 65, bias=(0, 0, 1, 0), **RULES),
+    shape("d256", 256, 33, 65, causal=True),
 ]
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.name)
 def test_tensor_core_tiles(case: Case, emulated: EmulatedBackend) -> None:
-    """Every bucket of head dimensions under several orders of warps and blocks, dQ by atomics and in one order."""
-    for dtype, seed, deterministic in ((torch.bfloat16, 0, True), (torch.float16, 3, False)):
-        inputs = case.make(dtype)
-        emulated.emulator.configure(seed=seed)
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        actual, naive, oracle = inputs.run(fastattn.attention, backend="cuda"), inputs.naive(), inputs.oracle()
-        for name, value in actual.items():
-            assert_close_to_oracle(value, naive[name], oracle[name], f"{case.name} {dtype} {name}")
+    """Three orders of warps and blocks, dQ by atomics and in one order."""
+    runs = ((torch.bfloat16, 0, True), (torch.float16, 1, False), (torch.bfloat16, 3, False))
+    for dtype, seed, deterministic in runs:
+        check_tiles(case.make(dtype), emulated, seed, deterministic)
+
+
+@pytest.mark.parametrize("case", SIMT_SHAPES, ids=lambda c: c.name)
+def test_simt_tiles(case: Case, emulated: EmulatedBackend) -> None:
+    for seed in (0, 1, 3):
+        check_tiles(case.make(torch.float32), emulated, seed, True)
+
+
+def check_tiles(inputs: Inputs, emulated: EmulatedBackend, seed: int, deterministic: bool) -> None:
+    emulated.emulator.configure(seed=seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    actual, naive, oracle = inputs.run(fastattn.attention, backend="cuda"), inputs.naive(), inputs.oracle()
+    for name, value in actual.items():
+        assert_close_to_oracle(value, naive[name], oracle[name], f"{inputs.case.name} {name}, seed {seed}")
 
 
 @pytest.mark.parametrize(

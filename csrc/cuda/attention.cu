@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cuda/band.h"
 #include "cuda/launch.h"
 #include "cuda/simt/kernels.h"
 #include "cuda/sm80/kernels.h"
@@ -65,8 +66,9 @@ bool by_entry(const AttentionParams& p) {
            p.q_segments.data || p.prefix_lens.data || p.leftpad_k.data;
 }
 bool forward_is_general(const AttentionParams& p) {
-    return few_queries(p) || by_entry(p) || p.sinks.data || !(p.softmax_scale > 0) || !in_chunks(p.q, p.head_dim_qk) ||
-           !in_chunks(p.k, p.head_dim_qk) || !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.out, p.head_dim_v);
+    return few_queries(p) || by_entry(p) || p.block_table.data || p.sinks.data || !(p.softmax_scale > 0) ||
+           !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) || !in_chunks(p.v, p.head_dim_v) ||
+           !in_chunks(p.out, p.head_dim_v);
 }
 bool backward_is_general(const AttentionParams& p) {
     return by_entry(p) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
@@ -184,9 +186,7 @@ std::string configuration(const AttentionParams& p, bool backward) {
 size_t forward_workspace_bytes(const AttentionParams& p) {
     const int64_t splits = num_splits(p);
     int64_t bytes = 0;
-    if (splits > 1) {
-        bytes = static_cast<int64_t>(sizeof(float)) * splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 1);
-    }
+    if (splits > 1) bytes = static_cast<int64_t>(sizeof(float)) * splits * all_rows(p) * (p.head_dim_v + 1);
 #ifdef FASTATTN_WITH_SM90  // whichever of the two is taken, when strides and the environment are known
     if (use_tensor_cores(p) && compute_capability(p.device) == 90 && sm90::forward_reason(p).empty()) {
         bytes = std::max(bytes, sm90::forward_workspace_bytes(p));
@@ -198,7 +198,7 @@ size_t forward_workspace_bytes(const AttentionParams& p) {
 size_t backward_workspace_bytes(const AttentionParams& p) {
     int64_t floats = 1;                                                            // of each query: delta,
     if (use_tensor_cores(p)) floats += 1 + (p.deterministic ? 0 : p.head_dim_qk);  // lse, the sums of dQ
-    auto bytes = static_cast<int64_t>(sizeof(float)) * p.batch * p.heads_q * p.seqlen_q * floats;
+    auto bytes = static_cast<int64_t>(sizeof(float)) * all_rows(p) * floats;
 #ifdef FASTATTN_WITH_SM90
     if (sm90::backward_reason(p).empty()) bytes = std::max(bytes, sm90::backward_workspace_bytes(p));
 #endif

@@ -26,21 +26,77 @@ struct TileRange {
     FASTATTN_DEVICE int full(int n) const { return n + full_last - count(); }
 };
 
-// Of one sequence: offset_b - left and offset_b + right, the sequence's number of queries and keys.
+template <typename T>
+FASTATTN_DEVICE T look_up(const Table<T>& table, int64_t first, int64_t second = 0) {
+    return load_global(&table.data[first * table.stride[0] + second * table.stride[1]]);
+}
+
+// lse and its like are (batches_q, heads_q, rows_q): packed sequences lie one behind the other.
+FASTATTN_HOST_DEVICE int64_t batches_q(const AttentionParams& p) { return p.total_q >= 0 ? 1 : p.batch; }
+FASTATTN_HOST_DEVICE int64_t rows_q(const AttentionParams& p) { return p.total_q >= 0 ? p.total_q : p.seqlen_q; }
+FASTATTN_HOST_DEVICE int64_t all_rows(const AttentionParams& p) { return batches_q(p) * p.heads_q * rows_q(p); }
+
+// A row of lse and its like by its number.
+struct TableRow {
+    int64_t batch, h, i;
+
+    static FASTATTN_DEVICE TableRow of(const AttentionParams& p, int64_t row) {
+        const auto rows = static_cast<uint64_t>(rows_q(p)), heads = static_cast<uint64_t>(p.heads_q);
+        const uint64_t bh = static_cast<uint64_t>(row) / rows;
+        return {static_cast<int64_t>(bh / heads), static_cast<int64_t>(bh % heads),
+                static_cast<int64_t>(static_cast<uint64_t>(row) - bh * rows)};
+    }
+    FASTATTN_DEVICE int64_t offset(const Tensor4& x) const {
+        return batch * x.stride[0] + h * x.stride[1] + i * x.stride[2];
+    }
+};
+
+// Rows of k for sequence b, of which it may use fewer.
+FASTATTN_DEVICE int room_of(const AttentionParams& p, int64_t b) {
+    if (!p.cu_seqlens_k.data) return static_cast<int>(p.seqlen_k);
+    return look_up(p.cu_seqlens_k, b + 1) - look_up(p.cu_seqlens_k, b);
+}
+
+// Of one sequence: offset_b - left and offset_b + right, its number of queries and keys, and where they lie.
 struct Band {
     int lo, hi;              // within [-seqlen_q, seqlen_k]: beyond, they make no difference
     int seqlen_q, seqlen_k;  // below 2^30
     int64_t offset;
+    int batch, first_q, first_k;  // index and rows in the tensors: 0 and cu_seqlens when packed, else b, 0 and 0
 
     static FASTATTN_DEVICE Band of(const AttentionParams& p, int64_t b) {
-        const int64_t seqlen_k =
-            p.seqused_k.data ? load_global(&p.seqused_k.data[b * p.seqused_k.stride[0]]) : p.seqlen_k;
-        const int64_t offset = p.relative_offset ? p.offset + seqlen_k - p.seqlen_q : p.offset;
+        Band band = {};
+        band.batch = p.cu_seqlens_q.data ? 0 : static_cast<int>(b);
+        band.seqlen_q = static_cast<int>(p.seqlen_q);
+        if (p.cu_seqlens_q.data) {
+            band.first_q = look_up(p.cu_seqlens_q, b);
+            band.seqlen_q = look_up(p.cu_seqlens_q, b + 1) - band.first_q;
+        }
+        if (p.cu_seqlens_k.data) band.first_k = look_up(p.cu_seqlens_k, b);
+        band.seqlen_k = p.seqused_k.data ? look_up(p.seqused_k, b) : room_of(p, b);
+        band.offset = p.relative_offset ? p.offset + band.seqlen_k - band.seqlen_q : p.offset;
         const auto clamp = [&](int64_t x) {
-            return static_cast<int>(x < -p.seqlen_q ? -p.seqlen_q : x > seqlen_k ? seqlen_k : x);
+            return static_cast<int>(x < -band.seqlen_q ? -band.seqlen_q : x > band.seqlen_k ? band.seqlen_k : x);
         };
-        return {clamp(offset - p.left), clamp(offset + p.right), static_cast<int>(p.seqlen_q),
-                static_cast<int>(seqlen_k), offset};
+        band.lo = clamp(band.offset - p.left);
+        band.hi = clamp(band.offset + p.right);
+        return band;
+    }
+
+    // Elements from a tensor's first to those of query or key 0 of head h.
+    FASTATTN_DEVICE int64_t query_at(const Tensor4& x, int64_t h) const {
+        return batch * x.stride[0] + h * x.stride[1] + first_q * x.stride[2];
+    }
+    FASTATTN_DEVICE int64_t key_at(const Tensor4& x, int64_t h) const {
+        return batch * x.stride[0] + h * x.stride[1] + first_k * x.stride[2];
+    }
+    // The element of lse or its gradient.
+    FASTATTN_DEVICE float* row_of(const Tensor4& x, int64_t h, int i) const {
+        return static_cast<float*>(x.data) + query_at(x, h) + i * x.stride[2];
+    }
+    // The row of a dense (batches_q, heads_q, rows_q) table in the workspace.
+    FASTATTN_DEVICE int64_t row_index(const AttentionParams& p, int64_t h, int i) const {
+        return (batch * p.heads_q + h) * rows_q(p) + first_q + i;
     }
 
     // Query i sees the keys [keys_begin(i), keys_end(i)), none where that is empty.

@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse, not_yet
+from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse
 from fastattn.backends.native import backward_arguments, forward_arguments, pack_call
 from fastattn.spec import AttentionSpec
 
@@ -21,10 +21,8 @@ else:
     _IMPORT_ERROR = None
 
 MAX_HEAD_DIM = 256
-#: Of ``AttentionSpec.features()``, what the 16-bit kernels have; those for float32 have none.
-FEATURES = frozenset(
-    ("softcap", "alibi_slopes", "sinks", "segments", "prefix_lens", "seqused_k", "leftpad_k", "num_splits")
-)
+#: Of ``AttentionSpec.features()``, what the float32 kernels do not have.
+TENSOR_CORES_ONLY = ("paged keys", "num_splits")
 MAX_SEQLEN = 2**30 - 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -68,9 +66,9 @@ class CudaBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = not_yet(spec, FEATURES if spec.dtype in DTYPES[:2] else ())
-        if spec.needs_bias_grad and spec.features():
-            reasons.append(f"gradient of the bias with {', '.join(spec.features())}: not yet")
+        reasons = []
+        if spec.dtype is torch.float32:
+            reasons = [f"{feature} in float32: not yet" for feature in spec.features() if feature in TENSOR_CORES_ONLY]
         if torch.device(spec.device).type != "cuda":
             reasons.append(f"device {spec.device}: this backend runs on CUDA devices")
         elif self.unavailable_reason() is None and _capability(spec.device) < _lowest_capability():

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #define FASTATTN_DEVICE __device__ __forceinline__
+#define FASTATTN_HOST_DEVICE __host__ __device__ __forceinline__
 // FASTATTN_KERNEL(kThreads, kBlocks) name(FASTATTN_CONSTANT Params p): threads of a block, blocks of a multiprocessor
 // that registers are to suffice for.
 #define FASTATTN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)

@@ -11,5 +11,6 @@ FASTATTN_DEVICE uint32_t opaque(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+FASTATTN_DEVICE int opaque(int x) { return static_cast<int>(opaque(static_cast<uint32_t>(x))); }
 
 }  // namespace fastattn::cuda

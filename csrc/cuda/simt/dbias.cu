@@ -6,9 +6,14 @@
 namespace fastattn::cuda::simt {
 namespace {
 
+struct Range {
+    int begin, end;
+};
+
 // The blocks of dbias_kernel along one dimension: tiles of it, or one block that sums over all of it.
 FASTATTN_DEVICE Range summed(int64_t bias_size, int64_t size, int64_t index, int64_t step) {
-    return bias_size == 1 ? Range{0, size} : Range{index * step, min64((index + 1) * step, size)};
+    const int64_t begin = bias_size == 1 ? 0 : index * step, end = bias_size == 1 ? size : begin + step;
+    return {static_cast<int>(begin), static_cast<int>(end < size ? end : size)};
 }
 
 template <typename T>
@@ -25,14 +30,17 @@ dbias_kernel(FASTATTN_CONSTANT AttentionParams p) {
 
     Accumulator total[1];
     clear(total);
-    for (int64_t bh = 0; bh < (batches.end - batches.begin) * (heads.end - heads.begin); ++bh) {
-        const int64_t b = batches.begin + bh / (heads.end - heads.begin);
-        const int64_t h = heads.begin + bh % (heads.end - heads.begin);
-        for (int64_t i0 = queries.begin; i0 < queries.end; i0 += kBlock) {
-            const Range seen = visible_keys(p, i0, min64(i0 + kBlock, queries.end), kBlock);
-            for (int64_t j0 = max64(seen.begin, keys.begin); j0 < min64(seen.end, keys.end); j0 += kBlock) {
+    for (int bh = 0; bh < (batches.end - batches.begin) * (heads.end - heads.begin); ++bh) {
+        const int b = batches.begin + bh / (heads.end - heads.begin);
+        const int h = heads.begin + bh % (heads.end - heads.begin);
+        const Band band = Band::of(p, b);
+        const EntryRules rules(p, band, b);
+        for (int i0 = queries.begin; i0 < min32(queries.end, band.seqlen_q); i0 += kBlock) {
+            const TileRange seen = key_tiles(p, band, i0);
+            const int end = min32(seen.last * kBlock, keys.end);
+            for (int j0 = max32(seen.first * kBlock, keys.begin); j0 < end; j0 += kBlock) {
                 Recomputed tile;
-                if (!recompute<T>(tile, p, b, h, i0, j0)) continue;
+                if (!recompute<T, true>(tile, rules, h, i0, j0)) continue;
 #pragma unroll
                 for (int e = 0; e < 16; ++e) total[0][e / 4][e % 4] += tile.ds[e / 4][e % 4];
             }
@@ -42,8 +50,8 @@ dbias_kernel(FASTATTN_CONSTANT AttentionParams p) {
     // The tile's own rows and columns are summed where the bias has size 1 there, by one thread for each result.
     store_exchange<false>(total[0]);
     barrier();
-    const int rows = static_cast<int>(min64(kBlock, p.bias_shape[2] - tile_i * kBlock));
-    const int cols = static_cast<int>(min64(kBlock, p.bias_shape[3] - tile_j * kBlock));
+    const int rows = min32(kBlock, static_cast<int>(p.bias_shape[2] - tile_i * kBlock));
+    const int cols = min32(kBlock, static_cast<int>(p.bias_shape[3] - tile_j * kBlock));
     const int sum_rows = p.bias_shape[2] == 1 ? kBlock : 1, sum_cols = p.bias_shape[3] == 1 ? kBlock : 1;
     for (int e = thread_index(); e < rows * cols; e += kThreads) {
         const int row = e / cols, col = e % cols;

@@ -57,30 +57,43 @@ template <typename T, int kHeadDim>
 FASTATTN_KERNEL(kThreads, 1)
 forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
     // The last tile first: under a causal window it sees the most keys.
-    const int64_t tiles = (p.seqlen_q + kBlock - 1) / kBlock;
-    const int64_t i0 = (tiles - 1 - block_index() % tiles) * kBlock;
-    const int64_t h = block_index() / tiles % p.heads_q, b = block_index() / tiles / p.heads_q;
-    const int64_t hk = h / (p.heads_q / p.heads_k);
+    const int tiles = static_cast<int>((p.seqlen_q + kBlock - 1) / kBlock), heads_q = static_cast<int>(p.heads_q);
+    const int block = static_cast<int>(block_index()), i0 = (tiles - 1 - block % tiles) * kBlock;
+    const int h = block / tiles % heads_q, b = block / tiles / heads_q,
+              hk = h / static_cast<int>(p.heads_q / p.heads_k);
+    const Band band = Band::of(p, b);
+    if (i0 >= band.seqlen_q) return;
+    const EntryRules rules(p, band, b);
+    const float scale = static_cast<float>(p.softmax_scale);
 
-    const auto q = head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk).from(i0, 0);
-    const auto k = head_matrix<const T>(p.k, b, hk, p.seqlen_k, p.head_dim_qk);
-    const auto v = head_matrix<const T>(p.v, b, hk, p.seqlen_k, p.head_dim_v);
+    const auto q = query_matrix<const T>(p.q, band, h, p.head_dim_qk).from(i0, 0);
+    const auto k = key_matrix<const T>(p.k, band, hk, p.head_dim_qk);
+    const auto v = key_matrix<const T>(p.v, band, hk, p.head_dim_v);
 
     Softmax softmax;
     Accumulator o[kHeadDim / kBlock];
     clear(o);
-    const Range keys = visible_keys(p, i0, min64(i0 + kBlock, p.seqlen_q), kBlock);
-    for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kBlock) {
-        const Position at = {b, h, i0 + 4 * ty(), j0 + 4 * tx()};
+    const TileRange keys = key_tiles(p, band, i0);
+    for (int j0 = keys.first * kBlock; j0 < keys.last * kBlock; j0 += kBlock) {
+        const Position at = {h, i0 + 4 * ty(), j0 + 4 * tx()};
+        const Bits visible = visible_entries(rules, at);
+        if (!barrier_or(visible.bits != 0)) continue;
         Accumulator s;
         dot_rows<T>(s, q, k.from(j0, 0));
-        const Bits visible = finish_scores(p, at, s);
-        if (!barrier_or(visible.bits != 0)) continue;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const EntryRules::Row row = rules.row(h, opaque(at.i + r));
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                float slope, score = rules.capped(s[r][c] * scale, slope);
+                s[r][c] = visible.at(r, c) ? rules.biased(row, score, at.j + c) : -INFINITY;
+            }
+        }
 
         float rescale[4];
         softmax.update(s, visible, rescale);
         if (p.dropout_threshold) {
-            const Bits keep = dropout_keep(p, at);
+            const Bits keep = dropout_keep(rules, at);
 #pragma unroll
             for (int e = 0; e < 16; ++e) {
                 if (visible.at(e / 4, e % 4) && !keep.at(e / 4, e % 4)) s[e / 4][e % 4] = 0.f;
@@ -100,16 +113,14 @@ forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
     float factor[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        const int64_t i = i0 + 4 * ty() + r;
+        const int i = i0 + 4 * ty() + r;
         const bool sees_nothing = softmax.sum[r] == 0.f;
+        float lse = sees_nothing ? -INFINITY : softmax.max[r] + logf(softmax.sum[r]);
         factor[r] = sees_nothing ? 0.f : dropout_scale / softmax.sum[r];
-        if (tx() == 0 && i < p.seqlen_q) {
-            store_global(
-                static_cast<float*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2],
-                sees_nothing ? -INFINITY : softmax.max[r] + logf(softmax.sum[r]));
-        }
+        if (p.sinks.data) factor[r] *= add_sink(lse, sink_of(p, h));
+        if (tx() == 0 && i < band.seqlen_q) store_global(band.row_of(p.lse, h, i), lse);
     }
-    write(head_matrix<T>(p.out, b, h, p.seqlen_q, p.head_dim_v).from(i0, 0), o, factor);
+    write(query_matrix<T>(p.out, band, h, p.head_dim_v).from(i0, 0), o, factor);
 }
 
 }  // namespace

@@ -45,18 +45,12 @@ template <typename T>
 struct Matrix {
     T* data;
     int64_t row_stride, col_stride;
-    int64_t rows, cols;
+    int rows, cols;
 
-    FASTATTN_DEVICE Matrix from(int64_t row, int64_t col) const {
+    FASTATTN_DEVICE Matrix from(int row, int col) const {
         return {data + row * row_stride + col * col_stride, row_stride, col_stride, rows - row, cols - col};
     }
 };
-
-// The (seq, head_dim) matrix of one head.
-template <typename T>
-FASTATTN_DEVICE Matrix<T> head_matrix(const Tensor4& x, int64_t b, int64_t h, int64_t rows, int64_t cols) {
-    return {static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1], x.stride[2], x.stride[3], rows, cols};
-}
 
 template <typename T>
 FASTATTN_DEVICE float read(const Matrix<T>& m, int row, int col) {
@@ -120,7 +114,7 @@ FASTATTN_DEVICE void dot_rows(Accumulator& acc, const Matrix<const T>& a, const 
 #pragma unroll
         for (int c = 0; c < 4; ++c) acc[r][c] = 0.f;
     }
-    for (int64_t k = 0; k < a.cols; k += kInner) {
+    for (int k = 0; k < a.cols; k += kInner) {
         barrier();
         load_transposed(smem_base() + kX, a.from(0, k));
         load_transposed(smem_base() + kY, b.from(0, k));

@@ -7,8 +7,8 @@
 #include <cmath>
 
 #include "cuda/band.h"
+#include "cuda/entries.h"
 #include "cuda/ptx/arithmetic.h"
-#include "cuda/sm80/entries.h"
 #include "cuda/sm80/fragment.h"
 #include "cuda/sm80/load.h"
 #include "cuda/sm80/tiles.h"
@@ -17,52 +17,57 @@ namespace fastattn::cuda::sm80 {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// The workspace, in floats: delta and lse, each (batch, heads_q, seqlen_q), then, unless deterministic, the sums of dQ,
-// (batch, heads_q, seqlen_q, head_dim_qk). Here lse is +inf for a query that sees nothing or does not exist: P = 0.
-FASTATTN_DEVICE int64_t all_rows(const AttentionParams& p) { return p.batch * p.heads_q * p.seqlen_q; }
-FASTATTN_DEVICE int64_t row_index(const AttentionParams& p, int64_t b, int64_t h, int64_t i) {
-    return (b * p.heads_q + h) * p.seqlen_q + i;
-}
+// The workspace, in floats: delta and lse, each (batches_q, heads_q, rows_q), then, unless deterministic, the sums of
+// dQ, (batches_q, heads_q, rows_q, head_dim_qk). Here lse is +inf for a query that sees nothing or does not exist: P =
+// 0.
 FASTATTN_DEVICE float* delta_rows(const AttentionParams& p) { return static_cast<float*>(p.workspace); }
 FASTATTN_DEVICE float* lse_rows(const AttentionParams& p) { return delta_rows(p) + all_rows(p); }
 FASTATTN_DEVICE float* dq_sums(const AttentionParams& p) { return lse_rows(p) + all_rows(p); }
 
-// s becomes D * P, and dp dS, times the derivative of the softcap; both kInvisible where the entry is invisible.
+// Of an entry: s becomes D * P, and dp dS, times the derivative of the softcap; both kInvisible where it is invisible.
 template <bool kGeneral>
-struct EntryGradient {
-    const AttentionParams& p;
-    const Band& band;
-    float scale, unit;  // softmax_scale, times log2(e)
+struct EntryGradient;
+template <>
+struct EntryGradient<false> {
+    float unit;  // softmax_scale log2(e)
 
-    FASTATTN_DEVICE EntryGradient(const AttentionParams& p, const Band& band)
-        : p(p), band(band), scale(static_cast<float>(p.softmax_scale)), unit(scale * kLog2E) {}
+    FASTATTN_DEVICE EntryGradient(const AttentionParams& p, const Band&, int)
+        : unit(static_cast<float>(p.softmax_scale) * kLog2E) {}
 
-    FASTATTN_DEVICE void operator()(float& s, float& dp, bool in_window, float lse, float delta, int64_t b, int64_t h,
-                                    int i, int j) const {
-        bool visible = in_window;
-        float weight, kept = 1.f, slope = 1.f;
-        if (kGeneral) {
-            float score = s * scale;
-            if (by_entry(p)) {
-                const EntryRow entries = {b, h, i};
-                visible = i < band.seqlen_q && entries.sees(p, band, in_window, j);
-                if (visible && p.softcap != 0.) slope = EntryRow::cap_slope(p, score);
-                if (visible) score = entries.score(p, band, score, j);
-                visible = visible && score != -INFINITY;
-            }
-            weight = exp2_approx((score - lse) * kLog2E);
-            if (p.dropout_threshold && visible) {
-                const Philox4 random = dropout_words(p, b, h, i, j);
-                const uint32_t low = j & 1 ? random.word[1] : random.word[0];
-                const uint32_t high = j & 1 ? random.word[3] : random.word[2];
-                kept = (j & 2 ? high : low) < p.dropout_threshold ? 0.f : static_cast<float>(p.dropout_scale);
-                if (kept == 0.f) dp = 0.f;
-            }
-        } else {
-            weight = exp2_approx(fmaf(s, unit, -lse * kLog2E));
-        }
+    FASTATTN_DEVICE void operator()(float& s, float& dp, bool visible, float lse, float delta) const {
+        const float weight = exp2_approx(fmaf(s, unit, -lse * kLog2E));
+        s = visible ? weight : kInvisible;
+        dp = visible ? fmaf(weight, dp - delta, 0.f) : kInvisible;  // + 0: -0 becomes 0
+    }
+};
+template <>
+struct EntryGradient<true> {
+    EntryRules rules;
+    float scale, dropout_scale;
+
+    FASTATTN_DEVICE EntryGradient(const AttentionParams& p, const Band& band, int b)
+        : rules(p, band, b),
+          scale(static_cast<float>(p.softmax_scale)),
+          dropout_scale(static_cast<float>(p.dropout_scale)) {}
+
+    // What dropout multiplies the weight with; words: those of the key's four.
+    FASTATTN_DEVICE float kept(const Philox4& words, int j) const {
+        return rules.p.dropout_threshold == 0 ? 1.f : drops(rules.p, words, j) ? 0.f : dropout_scale;
+    }
+    FASTATTN_DEVICE Philox4 words(int h, int i, int j) const {
+        return rules.p.dropout_threshold == 0 ? Philox4{} : dropout_words(rules.p, rules.b, h, i, j);
+    }
+
+    FASTATTN_DEVICE void operator()(float& s, float& dp, const EntryRules::Row& row, int j, float kept, float lse,
+                                    float delta) const {
+        float slope, score = rules.capped(s * scale, slope);
+        bool visible = rules.sees(row, j);
+        if (visible) score = rules.biased(row, score, j);
+        visible = visible && score != -INFINITY;
+        const float weight = exp2_approx((score - lse) * kLog2E);
+        if (kept == 0.f) dp = 0.f;
         s = visible ? weight * kept : kInvisible;
-        dp = visible ? fmaf(weight * slope, fmaf(dp, kept, -delta), 0.f) : kInvisible;  // + 0: -0 becomes 0
+        dp = visible ? fmaf(weight * slope, fmaf(dp, kept, -delta), 0.f) : kInvisible;
     }
 };
 
@@ -73,21 +78,21 @@ FASTATTN_DEVICE float dot(uint32_t x, uint32_t y) {
     return a.x * b.x + a.y * b.y;
 }
 
-// Two neighbouring elements of a row, where they exist.
-template <typename T>
-FASTATTN_DEVICE void store_pair(const Matrix<T>& to, int row, int col, float low, float high) {
-    if (row >= to.rows || col >= to.cols) return;
-    T* at = to.data + row * to.row_stride + col * to.col_stride;
-    if (to.col_stride == 1 && col + 1 < to.cols && reinterpret_cast<uintptr_t>(at) % 4 == 0) {
-        store_global(reinterpret_cast<uint32_t*>(at), pack<T>(low, high));
-        return;
+// acc, times a factor, to rows row0 + fragment_row of a matrix and columns col(n) + fragment_col, where they exist.
+template <typename T, int kN, typename Columns>
+FASTATTN_DEVICE void store_rows(const Matrix<T>& to, int row0, const float (&acc)[kN][4], float factor,
+                                const Columns& column) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + fragment_row(2 * half);
+        if (row >= to.rows) continue;
+        T* data = to.data + row * to.row_stride;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+            store_pair(data, to.col_stride, to.cols, column(n) + fragment_col(0), acc[n][2 * half] * factor,
+                       acc[n][2 * half + 1] * factor);
+        }
     }
-    T element;
-    from_float(low, element);
-    store_global(at, element);
-    if (col + 1 >= to.cols) return;
-    from_float(high, element);
-    store_global(at + to.col_stride, element);
 }
 
 }  // namespace fastattn::cuda::sm80

@@ -19,17 +19,16 @@ struct Steps {
     TileRange tiles;
     int heads;
 
-    FASTATTN_DEVICE int count() const { return heads * tiles.count(); }
-    FASTATTN_DEVICE int masked() const { return heads * tiles.masked(); }
     struct Step {
-        int n, head, turn;  // head: of the group; turn: for tiles.at()
+        int head, turn, stage;  // head: of the group, `heads` after the last step; turn: for tiles.at(); stage: of Q
     };
+    FASTATTN_DEVICE Step first() const { return {tiles.count() > 0 ? 0 : heads, 0, 0}; }
     FASTATTN_DEVICE Step after(const Step& step) const {
-        const int n = step.n + 1;
-        if (n == masked()) return {n, 0, tiles.masked()};
-        const bool last = step.turn + 1 == (n < masked() ? tiles.masked() : tiles.count());
-        if (!last) return {n, step.head, step.turn + 1};
-        return {n, step.head + 1, n < masked() ? 0 : tiles.masked()};
+        const int masked = tiles.masked(), stage = step.stage ^ 1;
+        const bool looks_at_indices = step.turn < masked;
+        if (step.turn + 1 < (looks_at_indices ? masked : tiles.count())) return {step.head, step.turn + 1, stage};
+        if (step.head + 1 < heads) return {step.head + 1, looks_at_indices ? 0 : masked, stage};
+        return {looks_at_indices && masked < tiles.count() ? 0 : heads, masked, stage};
     }
 };
 using Step = Steps::Step;
@@ -46,7 +45,7 @@ struct KeyTileLoop {
 
     const AttentionParams& p;
     const Band& band;
-    const int b, hk, j0;
+    const int hk, j0;
     const Steps steps;
     const EntryGradient<kGeneral> gradient;
 
@@ -62,8 +61,8 @@ struct KeyTileLoop {
               ds(grad_out + kTile.queries * Layout::kRowBytes),
               weights(ds + (kGroups - 1) * kTile.keys * Square::kRowBytes),
               rows(weights + kTile.keys * Square::kRowBytes) {}
-        FASTATTN_DEVICE uint32_t q_stage(int n) const { return q + (n & 1) * kTile.queries * Layout::kRowBytes; }
-        FASTATTN_DEVICE uint32_t row(int n, int i) const { return rows + ((n & 1) * 2 * kTile.queries + i) * 4; }
+        FASTATTN_DEVICE uint32_t q_stage(int stage) const { return q + stage * kTile.queries * Layout::kRowBytes; }
+        FASTATTN_DEVICE uint32_t row(int stage, int i) const { return rows + (stage * 2 * kTile.queries + i) * 4; }
     };
 
     float dk[1][kD][4], dv[1][kD][4];
@@ -71,14 +70,13 @@ struct KeyTileLoop {
     FASTATTN_DEVICE KeyTileLoop(const AttentionParams& p, const Band& band, int b, int hk, int j0)
         : p(p),
           band(band),
-          b(b),
           hk(hk),
           j0(j0),
           steps{kGeneral && p.prefix_lens.data && j0 < band.seqlen_k
                     ? Band::all_tiles(band.seqlen_q, kTile.queries)
                     : band.query_tiles(j0, j0 + kTile.keys - 1, kTile.queries),
                 static_cast<int>(p.heads_q) / static_cast<int>(p.heads_k)},
-          gradient(p, band) {}
+          gradient(p, band, b) {}
 
     static FASTATTN_DEVICE int first_key() { return warp() / kGroups * 16; }
     static FASTATTN_DEVICE int group() { return warp() % kGroups; }
@@ -88,17 +86,17 @@ struct KeyTileLoop {
     template <int kRows>
     static FASTATTN_DEVICE void load(uint32_t to, const Matrix<const T>& from, int row0) {
         if (!kGeneral || in_chunks(from)) {
-            TileLoader<T, kRows, kHeadDim, kThreads>{from}(to, row0);
+            TileLoader<T, kRows, kHeadDim, kThreads>{from, opaque(thread_index())}(to, row0);
         } else {
             load_elements<T, kRows, kHeadDim, kThreads>(to, from, row0);
         }
     }
     FASTATTN_DEVICE void load_q(const Memory& memory, const Step& step) const {
-        load<kTile.queries>(memory.q_stage(step.n), head_matrix<const T>(p.q, b, head(step), p.seqlen_q, p.head_dim_qk),
+        load<kTile.queries>(memory.q_stage(step.stage), query_matrix<const T>(p.q, band, head(step), p.head_dim_qk),
                             first_query(step));
     }
     FASTATTN_DEVICE void load_grad_out(const Memory& memory, const Step& step) const {
-        load<kTile.queries>(memory.grad_out, head_matrix<const T>(p.grad_out, b, head(step), p.seqlen_q, p.head_dim_v),
+        load<kTile.queries>(memory.grad_out, query_matrix<const T>(p.grad_out, band, head(step), p.head_dim_v),
                             first_query(step));
     }
 
@@ -107,51 +105,59 @@ struct KeyTileLoop {
         float lse, delta;
     };
     FASTATTN_DEVICE Row read_row(const Step& step) const {
-        const int i = first_query(step) + thread_index();
-        if (thread_index() >= kTile.queries || i >= band.seqlen_q) return {INFINITY, 0.f};
-        const int64_t at = row_index(p, b, head(step), i);
+        const int thread = opaque(thread_index()), i = first_query(step) + thread;
+        if (thread >= kTile.queries || i >= band.seqlen_q) return {INFINITY, 0.f};
+        const int64_t at = band.row_index(p, head(step), i);
         return {load_global(lse_rows(p) + at), load_global(delta_rows(p) + at)};
     }
-    static FASTATTN_DEVICE void keep_row(const Memory& memory, int n, const Row& row) {
-        if (thread_index() >= kTile.queries) return;
-        store_shared(memory.row(n, thread_index()), row.lse);
-        store_shared(memory.row(n, kTile.queries + thread_index()), row.delta);
+    static FASTATTN_DEVICE void keep_row(const Memory& memory, int stage, const Row& row) {
+        const int thread = opaque(thread_index());
+        if (thread >= kTile.queries) return;
+        store_shared(memory.row(stage, thread), row.lse);
+        store_shared(memory.row(stage, kTile.queries + thread), row.delta);
     }
 
-    // All steps; `careful` repeats them for dK and dV alone, without forming 0 * NaN.
-    FASTATTN_DEVICE void run(bool careful) {
-        clear(dk);
+    // All steps, for dK and dV and, unless deterministic, the sums of dQ.
+    FASTATTN_DEVICE void run() {
         clear(dv);
-        const int count = steps.count();
-        if (count == 0) return;
+        walk<false>(false);
+    }
+    // All steps again for dK or dV alone, which is left in dk, without forming 0 * NaN.
+    FASTATTN_DEVICE void run_careful(bool values) { walk<true>(values); }
+
+private:
+    template <bool kCareful>
+    FASTATTN_DEVICE void walk(bool values) {
+        clear(dk);
+        Step at = steps.first();
+        if (at.head == steps.heads) return;
         const Memory memory(smem_base());
-        load<kTile.keys>(memory.k, head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk), j0);
-        load<kTile.keys>(memory.v, head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v), j0);
-        Step at = {0, 0, 0};
+        load<kTile.keys>(memory.k, key_matrix<const T>(p.k, band, hk, p.head_dim_qk), j0);
+        load<kTile.keys>(memory.v, key_matrix<const T>(p.v, band, hk, p.head_dim_v), j0);
         load_q(memory, at);
         load_grad_out(memory, at);
         cp_async_commit();
         keep_row(memory, 0, read_row(at));
-        const int looks_at_indices = kGeneral || careful ? count : steps.masked();
-        while (at.n < looks_at_indices) at = step<true>(at, count, careful);
-        if (!kGeneral) {
-            while (at.n < count) at = step<false>(at, count, careful);
+        if constexpr (kGeneral || kCareful) {
+            while (at.head < steps.heads) at = step<true, kCareful>(at, values);
+        } else {
+            while (at.head < steps.heads && at.turn < steps.tiles.masked()) at = step<true, false>(at, values);
+            while (at.head < steps.heads) at = step<false, false>(at, values);
         }
+        cp_async_wait<0>();
     }
 
-private:
     // One step; returns the next.
-    template <bool kMasked>
-    FASTATTN_DEVICE Step step(const Step& here, int count, bool careful) {
+    template <bool kMasked, bool kCareful>
+    FASTATTN_DEVICE Step step(const Step& here, bool values) {
         const Memory memory(opaque(smem_base()));
-        const uint32_t q = memory.q_stage(here.n);
-        const bool more = here.n + 1 < count;
-        Step next = {count, 0, 0};
+        const uint32_t q = memory.q_stage(here.stage);
+        const Step next = steps.after(here);
+        const bool more = next.head < steps.heads;
         Row next_row = {};
         cp_async_wait<0>();
         barrier();
         if (more) {
-            next = steps.after(here);
             load_q(memory, next);
             next_row = read_row(next);
         }
@@ -164,21 +170,24 @@ private:
         multiply_rows<T, kHeadDim, 16>(s, memory.k + own_keys, q + own_queries);
         multiply_rows<T, kHeadDim, 16>(dp, memory.v + own_keys, memory.grad_out + own_queries);
         differentiate<kMasked>(s, dp, memory, here);
-        store_transposed(memory.ds, dp);
-        if constexpr (kGroups == 1) {
-            accumulate<kMasked>(dv, s, memory.grad_out, careful);
-            accumulate<kMasked>(dk, dp, q, careful);
-        } else {
-            store_transposed(memory.weights, s);
-            barrier();
-            accumulate_shared<kMasked>(dv, memory.weights, memory.grad_out, careful);
-            accumulate_shared<kMasked>(dk, memory.ds, q, careful);
+        if constexpr (kCareful) {
+#pragma unroll
+            for (int e = 0; e < 4 * kN; ++e) dp[0][e / 4][e % 4] = values ? s[0][e / 4][e % 4] : dp[0][e / 4][e % 4];
         }
-        if (more) keep_row(memory, here.n + 1, next_row);
+        store_transposed(memory.ds, dp);
+        if constexpr (kGroups > 1 && !kCareful) store_transposed(memory.weights, s);
+        if constexpr (kGroups > 1) barrier();
+        if constexpr (kCareful) {
+            accumulate<true>(dk, dp, memory.ds, values ? memory.grad_out : q);
+        } else {
+            accumulate<false>(dv, s, memory.weights, memory.grad_out);
+            accumulate<false>(dk, dp, memory.ds, q);
+        }
+        if (more) keep_row(memory, next.stage, next_row);
         barrier();
         if (more) load_grad_out(memory, next);
         cp_async_commit();
-        if (!p.deterministic && !careful) add_dq<kMasked>(memory, here);
+        if (!kCareful && !p.deterministic) add_dq<kMasked>(memory, here);
         return next;
     }
 
@@ -187,26 +196,33 @@ private:
     FASTATTN_DEVICE void differentiate(float (&s)[1][kN][4], float (&dp)[1][kN][4], const Memory& memory,
                                        const Step& here) const {
         const int column = group() * kStepQueries + fragment_col(0), i0 = first_query(here) + column;
+        const int key = j0 + first_key() + fragment_row(0);  // of the first half, the other is 8 further
         int begin[2] = {}, end[2] = {};
-        if (kMasked) {
+        if (kMasked && !kGeneral) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int j = j0 + first_key() + fragment_row(2 * half);
-                begin[half] = band.queries_begin(j) - i0, end[half] = band.queries_end(j) - i0;
+                begin[half] = band.queries_begin(key + 8 * half) - i0,
+                end[half] = band.queries_end(key + 8 * half) - i0;
             }
         }
 #pragma unroll
-        for (int c = 0; c < kN; ++c) {
-#pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                const int i = 8 * c + pair;  // from i0
-                const float lse = load_shared<float>(memory.row(here.n, column + i));
-                const float delta = load_shared<float>(memory.row(here.n, kTile.queries + column + i));
+        for (int n = 0; n < 2 * kN; ++n) {
+            const int c = n / 2, pair = n % 2, i = 8 * c + pair;  // from i0
+            const float lse = load_shared<float>(memory.row(here.stage, column + i));
+            const float delta = load_shared<float>(memory.row(here.stage, kTile.queries + column + i));
+            if constexpr (kGeneral) {
+                const EntryRules::Row row = gradient.rules.row(head(here), i0 + i);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const bool in_window = !kMasked || (begin[half] <= i && i < end[half]);
-                    gradient(s[0][c][2 * half + pair], dp[0][c][2 * half + pair], in_window, lse, delta, b,
-                             kGeneral ? head(here) : 0, i0 + i, j0 + first_key() + fragment_row(2 * half));
+                    const int j = key + 8 * half;
+                    const float kept = gradient.kept(gradient.words(head(here), i0 + i, j), j);
+                    gradient(s[0][c][2 * half + pair], dp[0][c][2 * half + pair], row, j, kept, lse, delta);
+                }
+            } else {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const bool visible = !kMasked || (begin[half] <= i && i < end[half]);
+                    gradient(s[0][c][2 * half + pair], dp[0][c][2 * half + pair], visible, lse, delta);
                 }
             }
         }
@@ -224,31 +240,23 @@ private:
         }
     }
 
-    template <bool kMasked>
-    FASTATTN_DEVICE void accumulate(float (&acc)[1][kD][4], const float (&x)[1][kN][4], uint32_t y,
-                                    bool careful) const {
-#pragma unroll
-        for (int block = 0; block < kN / 2; ++block) {
-            uint32_t a[1][4];
-            pack_fragment<T>(a[0], x[0], block);
-            multiply<kMasked>(acc, a, y + Layout::bytes(16 * block), careful);
-        }
-    }
-    template <bool kMasked>
-    FASTATTN_DEVICE void accumulate_shared(float (&acc)[1][kD][4], uint32_t x, uint32_t y, bool careful) const {
+    // acc += x^T y, with x from registers where the warp has it, else from shared memory.
+    template <bool kCareful>
+    FASTATTN_DEVICE void accumulate(float (&acc)[1][kD][4], const float (&x)[1][kN][4], uint32_t shared_x,
+                                    uint32_t y) const {
 #pragma unroll
         for (int block = 0; block < kTile.queries / 16; ++block) {
             uint32_t a[1][4];
-            load_fragment<kTile.queries>(a[0], x, first_key(), 16 * block);
-            multiply<kMasked>(acc, a, y + Layout::bytes(16 * block), careful);
-        }
-    }
-    template <bool kMasked>
-    static FASTATTN_DEVICE void multiply(float (&acc)[1][kD][4], const uint32_t (&a)[1][4], uint32_t y, bool careful) {
-        if (kMasked && careful) {
-            multiply_columns_visible<T, kHeadDim, kGroups>(acc, a, y, group());
-        } else {
-            multiply_columns<T, kHeadDim, kGroups>(acc, a, y, group());
+            if constexpr (kGroups == 1) {
+                pack_fragment<T>(a[0], x[0], block);
+            } else {
+                load_fragment<kTile.queries>(a[0], shared_x, first_key(), 16 * block);
+            }
+            if constexpr (kCareful) {
+                multiply_columns_visible<T, kHeadDim, kGroups>(acc, a, y + Layout::bytes(16 * block), group());
+            } else {
+                multiply_columns<T, kHeadDim, kGroups>(acc, a, y + Layout::bytes(16 * block), group());
+            }
         }
     }
 
@@ -265,7 +273,7 @@ private:
     template <bool kMasked>
     FASTATTN_DEVICE void add_dq(const Memory& memory, const Step& here) const {
         constexpr int kRowBlocks = kTile.queries / 16, kItems = kRowBlocks * (kHeadDim / 32);
-        float* sums = dq_sums(p) + row_index(p, b, head(here), first_query(here)) * p.head_dim_qk;
+        float* sums = dq_sums(p) + band.row_index(p, head(here), first_query(here)) * p.head_dim_qk;
 #pragma unroll 1
         for (int item = warp(); item < kItems; item += kTile.warps) {
             const int row_block = item % kRowBlocks, columns = item / kRowBlocks;
@@ -312,31 +320,36 @@ dkdv_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int heads_k = static_cast<int>(p.heads_k), b = work.head / heads_k, hk = work.head % heads_k;
     const Band band = Band::of(p, b);
     const int j0 = work.tile * kTile.keys;
+    if (j0 >= room_of(p, b)) return;
 
     Loop loop(p, band, b, hk, j0);
-    loop.run(false);
-    if (kGeneral || loop.steps.masked() > 0) {
+    loop.run();
+    bool again = false;
+    if (kGeneral || loop.steps.tiles.masked() > 0) {
         uint32_t rows = 0;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (j0 + Loop::first_key() + fragment_row(2 * half) < band.seqlen_k) rows |= 1u << half;
         }
-        if (barrier_or(any_nonfinite(loop.dk, rows) || any_nonfinite(loop.dv, rows))) loop.run(true);
+        again = barrier_or(any_nonfinite(loop.dk, rows) || any_nonfinite(loop.dv, rows));
     }
-    cp_async_wait<0>();
 
-    const Matrix<T> dk = head_matrix<T>(p.dk, b, hk, p.seqlen_k, p.head_dim_qk);
-    const Matrix<T> dv = head_matrix<T>(p.dv, b, hk, p.seqlen_k, p.head_dim_v);
+    const auto store = [&](const Tensor4& to, int64_t cols, const auto& acc, float factor) {
+        Matrix<T> matrix = key_matrix<T>(to, band, hk, cols);
+        matrix.rows = room_of(p, opaque(b));
+        store_rows(matrix, j0 + Loop::first_key(), acc[0], factor,
+                   [](int n) { return 8 * (pair_chunk<Loop::kGroups>(n / 2) + n % 2) + 32 * Loop::group(); });
+    };
     const float scale = static_cast<float>(p.softmax_scale);
-#pragma unroll
-    for (int n = 0; n < Loop::kD; ++n) {
-        const int col = 8 * (pair_chunk<Loop::kGroups>(n / 2) + n % 2) + 32 * Loop::group() + fragment_col(0);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = j0 + Loop::first_key() + fragment_row(2 * half);
-            store_pair(dk, row, col, scale * loop.dk[0][n][2 * half], scale * loop.dk[0][n][2 * half + 1]);
-            store_pair(dv, row, col, loop.dv[0][n][2 * half], loop.dv[0][n][2 * half + 1]);
-        }
+    if (!again) {
+        store(p.dv, p.head_dim_v, loop.dv, 1.f);
+        store(p.dk, p.head_dim_qk, loop.dk, scale);
+        return;
+    }
+#pragma unroll 1
+    for (int values = 0; values < 2; ++values) {
+        loop.run_careful(values);
+        store(values ? p.dv : p.dk, values ? p.head_dim_v : p.head_dim_qk, loop.dk, values ? 1.f : scale);
     }
 }
 

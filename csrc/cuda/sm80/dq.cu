@@ -19,7 +19,7 @@ struct QueryTileLoop {
 
     const AttentionParams& p;
     const Band& band;
-    const int b, h, hk;
+    const int h, hk;
     const int i0;
     const TileRange tiles;
     const EntryGradient<kGeneral> gradient;
@@ -29,14 +29,13 @@ struct QueryTileLoop {
     FASTATTN_DEVICE QueryTileLoop(const AttentionParams& p, const Band& band, int b, int h, int i0)
         : p(p),
           band(band),
-          b(b),
           h(h),
           hk(h / (static_cast<int>(p.heads_q) / static_cast<int>(p.heads_k))),
           i0(i0),
           tiles(kGeneral && p.prefix_lens.data
                     ? Band::all_tiles(band.seqlen_k, kTile.keys)
                     : band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys)),
-          gradient(p, band) {}
+          gradient(p, band, b) {}
 
     FASTATTN_DEVICE int row(int half) const { return i0 + warp() * 16 + fragment_row(2 * half); }
 
@@ -51,17 +50,16 @@ struct QueryTileLoop {
     FASTATTN_DEVICE void load_keys(int n) const {
         const uint32_t stage = (n & 1) * kStage;
         const int j0 = tiles.at(n) * kTile.keys;
-        load<kTile.keys>(smem_base() + kK + stage, head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk), j0);
-        load<kTile.keys>(smem_base() + kV + stage, head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v), j0);
+        load<kTile.keys>(smem_base() + kK + stage, key_matrix<const T>(p.k, band, hk, p.head_dim_qk), j0);
+        load<kTile.keys>(smem_base() + kV + stage, key_matrix<const T>(p.v, band, hk, p.head_dim_v), j0);
     }
 
     FASTATTN_DEVICE void run(bool careful) {
         clear(dq);
         const int count = tiles.count();
         if (count == 0) return;
-        load<kTile.queries>(smem_base(), head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk), i0);
-        load<kTile.queries>(smem_base() + kGradOut, head_matrix<const T>(p.grad_out, b, h, p.seqlen_q, p.head_dim_v),
-                            i0);
+        load<kTile.queries>(smem_base(), query_matrix<const T>(p.q, band, h, p.head_dim_qk), i0);
+        load<kTile.queries>(smem_base() + kGradOut, query_matrix<const T>(p.grad_out, band, h, p.head_dim_v), i0);
         load_keys(0);
         cp_async_commit();
         const int looks_at_indices = kGeneral || careful ? count : tiles.masked();
@@ -91,15 +89,28 @@ private:
         for (int half = 0; half < 2; ++half) {
             const int i = row(half);
             const bool exists = i < band.seqlen_q;
-            const float lse = exists ? load_global(lse_rows(p) + row_index(p, b, h, i)) : INFINITY;
-            const float delta = exists ? load_global(delta_rows(p) + row_index(p, b, h, i)) : 0.f;
-            const int begin = band.keys_begin(i) - j0, end = band.keys_end(i) - j0;
+            const float lse = exists ? load_global(lse_rows(p) + band.row_index(p, h, i)) : INFINITY;
+            const float delta = exists ? load_global(delta_rows(p) + band.row_index(p, h, i)) : 0.f;
+            if constexpr (kGeneral) {
+                const EntryRules::Row row = gradient.rules.row(h, i);
 #pragma unroll
-            for (int e = 0; e < 2 * kN; ++e) {
-                const int j = 8 * (e / 2) + fragment_col(e % 2);  // from j0
-                const bool in_window = !kMasked || (begin <= j && j < end);
-                gradient(s[0][e / 2][2 * half + e % 2], dp[0][e / 2][2 * half + e % 2], in_window, lse, delta, b, h, i,
-                         j0 + j);
+                for (int n = 0; n < kN; ++n) {
+                    const int j = j0 + 8 * n + fragment_col(0);  // even: one of four random words is for j + 1
+                    const Philox4 words = gradient.words(h, i, j);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        gradient(s[0][n][2 * half + e], dp[0][n][2 * half + e], row, j + e, gradient.kept(words, j + e),
+                                 lse, delta);
+                    }
+                }
+            } else {
+                const int begin = band.keys_begin(i) - j0, end = band.keys_end(i) - j0;
+#pragma unroll
+                for (int e = 0; e < 2 * kN; ++e) {
+                    const int j = 8 * (e / 2) + fragment_col(e % 2);  // from j0
+                    const bool visible = !kMasked || (begin <= j && j < end);
+                    gradient(s[0][e / 2][2 * half + e % 2], dp[0][e / 2][2 * half + e % 2], visible, lse, delta);
+                }
             }
         }
 #pragma unroll
@@ -127,6 +138,7 @@ dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int i0 = static_cast<int>(tiles_q - 1 - work.tile) * kTile.queries;  // the last sees the most keys
     const int b = work.head / static_cast<int>(p.heads_q), h = work.head % static_cast<int>(p.heads_q);
     const Band band = Band::of(p, b);
+    if (i0 >= band.seqlen_q) return;
     Loop loop(p, band, b, h, i0);
     loop.run(false);
     if (kGeneral || loop.tiles.masked() > 0) {
@@ -135,16 +147,8 @@ dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
     }
     cp_async_wait<0>();
 
-    const Matrix<T> dq = head_matrix<T>(p.dq, loop.b, loop.h, p.seqlen_q, p.head_dim_qk);
-    const float scale = static_cast<float>(p.softmax_scale);
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            store_pair(dq, loop.row(half), 8 * n + fragment_col(0), scale * loop.dq[0][n][2 * half],
-                       scale * loop.dq[0][n][2 * half + 1]);
-        }
-    }
+    store_rows(query_matrix<T>(p.dq, band, h, p.head_dim_qk), i0 + warp() * 16, loop.dq[0],
+               static_cast<float>(p.softmax_scale), [](int n) { return 8 * n; });
 }
 
 }  // namespace

@@ -44,16 +44,15 @@ forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int b = work.head / heads_q, h = work.head % heads_q, hk = h / group;
     const Band band = Band::of(p, b);
     const int i0 = static_cast<int>(tiles_q - 1 - work.tile) * kTile.queries;  // the last sees the most keys
+    if (i0 >= band.seqlen_q) return;
 
     const TileRange tiles = band.key_tiles(i0, min32(i0 + kTile.queries, band.seqlen_q) - 1, kTile.keys);
     if (tiles.count() > 0) {  // else nobody would wait for it
-        TileLoader<T, kTile.queries, kHeadDim, Loop::kThreads>{
-            head_matrix<const T>(p.q, b, h, p.seqlen_q, p.head_dim_qk)}(smem_base(), i0);
+        TileLoader<T, kTile.queries, kHeadDim, Loop::kThreads>{query_matrix<const T>(p.q, band, h, p.head_dim_qk)}(
+            smem_base(), i0);
     }
-    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_k(
-        head_matrix<const T>(p.k, b, hk, band.seqlen_k, p.head_dim_qk));
-    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_v(
-        head_matrix<const T>(p.v, b, hk, band.seqlen_k, p.head_dim_v));
+    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_k(key_matrix<const T>(p.k, band, hk, p.head_dim_qk));
+    const TileLoader<T, kTile.keys, kHeadDim, Loop::kThreads> load_v(key_matrix<const T>(p.v, band, hk, p.head_dim_v));
 
     Loop loop(static_cast<float>(p.softmax_scale) * kLog2E);
     const auto rules = [&](auto& s, int j0, int) { apply_band<Loop>(s, band, i0, j0); };
@@ -71,15 +70,15 @@ forward_kernel(FASTATTN_CONSTANT AttentionParams p) {
 
     // Each warp turns its rows, through the part of the tile of Q that only it has read, into 16-byte chunks.
     loop.softmax.finish();
-    const Matrix<T> out = head_matrix<T>(p.out, b, h, p.seqlen_q, p.head_dim_v);
-    float* lse = static_cast<float*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1];
+    const Matrix<T> out = query_matrix<T>(p.out, band, h, p.head_dim_v);
+    float* lse = band.row_of(p.lse, h, i0);
 #pragma unroll
     for (int m = 0; m < Loop::kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = Loop::first_row(m) + fragment_row(2 * half);
             if ((lane() & 3) == 0 && i0 + row < out.rows) {
-                store_global(&lse[(i0 + row) * p.lse.stride[2]], loop.softmax.lse(m, half));
+                store_global(&lse[row * p.lse.stride[2]], loop.softmax.lse(m, half));
             }
             const float factor = loop.softmax.normalizer(m, half);
 #pragma unroll

@@ -189,9 +189,9 @@ FASTATTN_DEVICE void multiply_columns_visible(float (&acc)[kM][kN][4], const uin
                 mma_m16n8k16<T>(counts, visible[m], strange[2 * half], strange[2 * half + 1]);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int count = static_cast<int>(counts[e]);
+                    const uint32_t count = float_bits(counts[e] + 0x1p23f);  // an integer in the low bits
                     if (count & 31) to[e] += INFINITY;
-                    if (count >> 5) to[e] -= INFINITY;
+                    if (count & 0x3e0) to[e] -= INFINITY;
                 }
             }
         }

@@ -16,14 +16,12 @@ FASTATTN_KERNEL(kThreads, 1)
 prepare_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int64_t row = block_index() * kRowsPerBlock + thread_index() / 4;
     const bool exists = row < all_rows(p);
-    const int64_t i = row % p.seqlen_q, h = row / p.seqlen_q % p.heads_q, b = row / p.seqlen_q / p.heads_q;
+    const TableRow at = TableRow::of(p, row);
     const int first = thread_index() % 4;
     float delta = 0.f;
     if (exists) {
-        Matrix<const T> out = head_matrix<const T>(p.out, b, h, 1, p.head_dim_v);
-        Matrix<const T> grad_out = head_matrix<const T>(p.grad_out, b, h, 1, p.head_dim_v);
-        out.data += i * out.row_stride;
-        grad_out.data += i * grad_out.row_stride;
+        const Matrix<const T> out = row_matrix<const T>(p.out, at, p.head_dim_v);
+        const Matrix<const T> grad_out = row_matrix<const T>(p.grad_out, at, p.head_dim_v);
         if (in_chunks(out) && in_chunks(grad_out)) {
             for (int col = 8 * first; col < out.cols; col += 32) {
                 const Words4 x = load_global(reinterpret_cast<const Words4*>(out.data + col));
@@ -41,11 +39,9 @@ prepare_kernel(FASTATTN_CONSTANT AttentionParams p) {
     if (!exists) return;
     if (first == 0) {
         if (p.grad_lse.data) {
-            delta -= load_global(static_cast<const float*>(p.grad_lse.data) + b * p.grad_lse.stride[0] +
-                                 h * p.grad_lse.stride[1] + i * p.grad_lse.stride[2]);
+            delta -= load_global(static_cast<const float*>(p.grad_lse.data) + at.offset(p.grad_lse));
         }
-        const float lse = load_global(static_cast<const float*>(p.lse.data) + b * p.lse.stride[0] +
-                                      h * p.lse.stride[1] + i * p.lse.stride[2]);
+        const float lse = load_global(static_cast<const float*>(p.lse.data) + at.offset(p.lse));
         store_global(delta_rows(p) + row, delta);
         store_global(lse_rows(p) + row, lse == -INFINITY ? INFINITY : lse);
     }
@@ -60,24 +56,24 @@ convert_dq_kernel(FASTATTN_CONSTANT AttentionParams p) {
     const int64_t n = block_index() * kThreads + thread_index(), row = n / pairs;
     if (row >= all_rows(p)) return;
     const int col = static_cast<int>(n % pairs) * 2;
-    const int64_t i = row % p.seqlen_q, h = row / p.seqlen_q % p.heads_q, b = row / p.seqlen_q / p.heads_q;
     const float* sums = dq_sums(p) + row * p.head_dim_qk + col;
     const float scale = static_cast<float>(p.softmax_scale);
-    store_pair(head_matrix<T>(p.dq, b, h, p.seqlen_q, p.head_dim_qk), static_cast<int>(i), col,
-               scale * load_global(sums), col + 1 < p.head_dim_qk ? scale * load_global(sums + 1) : 0.f);
+    const Matrix<T> dq = row_matrix<T>(p.dq, TableRow::of(p, row), p.head_dim_qk);
+    store_pair(dq.data, dq.col_stride, dq.cols, col, scale * load_global(sums),
+               col + 1 < dq.cols ? scale * load_global(sums + 1) : 0.f);
 }
 
 }  // namespace
 
 template <typename T>
 void prepare(const AttentionParams& p, void* stream) {
-    const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
+    const int64_t rows = all_rows(p);
     launch(prepare_kernel<T>, {(rows + kRowsPerBlock - 1) / kRowsPerBlock}, kThreads, 0, stream, p);
 }
 
 template <typename T>
 void convert_dq(const AttentionParams& p, void* stream) {
-    const int64_t pairs = p.batch * p.heads_q * p.seqlen_q * ((p.head_dim_qk + 1) / 2);
+    const int64_t pairs = all_rows(p) * ((p.head_dim_qk + 1) / 2);
     launch(convert_dq_kernel<T>, {(pairs + kThreads - 1) / kThreads}, kThreads, 0, stream, p);
 }
 

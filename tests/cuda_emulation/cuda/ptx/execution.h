@@ -6,6 +6,7 @@
 #include "emulator/api.h"
 
 #define FASTATTN_DEVICE inline
+#define FASTATTN_HOST_DEVICE inline
 #define FASTATTN_KERNEL(threads, blocks) void
 #define FASTATTN_CONSTANT const
 

@@ -6,5 +6,6 @@
 namespace fastattn::cuda {
 
 inline uint32_t opaque(uint32_t x) { return x; }
+inline int opaque(int x) { return x; }
 
 }  // namespace fastattn::cuda
