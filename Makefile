@@ -59,6 +59,7 @@ gpu:
 	-.venv-gpu/bin/python -m tests.cuda_emulation.record
 	.venv-gpu/bin/python -m pytest $(PYTEST_FLAGS)
 	.venv-gpu/bin/python -m benchmarks $(if $(TEXT),--text '$(TEXT)')
+	.venv-gpu/bin/python -m benchmarks cuda
 
 $(STAMP): $(BUILD_INPUTS)
 	test -e $(STAMP) || test ! -e $(VENV) || { ls $(VENV)/installed-* >/dev/null 2>&1 && rm -rf $(VENV); } || { \

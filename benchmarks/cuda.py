@@ -223,8 +223,6 @@ def run(out: Path, device: torch.device, quick: bool, seconds: float, arguments:
         )
         return 2
     results = Results(machine.describe(device, arguments), [])
-    if device.type == "cuda":
-        results.machine["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     path = out / "cuda.json"
     session = Session(device, seconds, quick=quick)
     session.measure(cells(quick), results, lambda: results.save(path))

@@ -88,6 +88,14 @@ def opcodes(path: Path, arch: str) -> dict[str, Counter[str]]:
     return found
 
 
+def wgmma_columns(path: Path) -> set[int]:
+    """N of the products in an object: m64nNk16."""
+    tool = cuda_tool("cuobjdump")
+    assert tool is not None
+    text = subprocess.run([tool, "-sass", "-arch", "sm_90a", str(path)], capture_output=True, text=True, check=True)
+    return {int(n) for n in re.findall(r"HGMMA\.64x(\d+)x16", text.stdout)}
+
+
 def usage(log: str) -> list[tuple[str, str, int, int]]:
     """(kernel, architecture, registers, bytes spilled) from what ptxas -v says."""
     pattern = (
@@ -158,6 +166,26 @@ def test_instructions(row: Row) -> None:
         assert not [op for op in row.needs if not every[op]], f"{path.name}: {row.needs}, {every.most_common(40)}"
         for kernel, counts in kernels.items():
             assert not [op for op in row.never if counts[op]], f"{kernel}: {row.never}, {counts.most_common(40)}"
+
+
+#: Keys of the tiles of Q K^T and head_dim of P V; in the backward queries, head_dim, and parts of dQ.
+COLUMNS = {
+    "forward-BFloat16-64": {128, 64},
+    "forward-BFloat16-96": {128, 96},
+    "forward-BFloat16-128": {176, 128},
+    "forward-BFloat16-192": {112, 128},
+    "forward-BFloat16-256": {80, 256},
+    "backward-BFloat16-64": {64},
+    "backward-BFloat16-128": {64, 128},
+}
+
+
+@pytest.mark.parametrize("kernel", COLUMNS)
+def test_shapes_of_the_products(kernel: str) -> None:
+    path = BUILD / f"cuda-sm90-{kernel}.o"
+    if not path.exists() or cuda_tool("cuobjdump") is None:
+        pytest.skip("the extension was built here without its CUDA kernels, or there is no cuobjdump")
+    assert wgmma_columns(path) >= COLUMNS[kernel]
 
 
 #: Probe source -> architecture, and the opcodes that its wrappers stand for.

@@ -85,6 +85,7 @@ class Trial(mutate.Trial):
 
 def main() -> None:
     mutate.Trial = Trial  # type: ignore[misc]
+    mutate.SURVIVORS = mutate.HERE / "survivors_sm90.txt"
     arguments, only = sys.argv[1:], ""
     if "--only" in arguments:
         at = arguments.index("--only")

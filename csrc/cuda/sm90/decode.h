@@ -24,8 +24,7 @@ struct DecodeArguments {
 };
 
 // The workspace of num_splits > 1: out (num_splits, rows, head_dim_v), then lse (num_splits, rows), both float, with
-// rows = batch * heads_q * seqlen_q.
-FASTATTN_DEVICE int64_t all_rows(const AttentionParams& p) { return p.batch * p.heads_q * p.seqlen_q; }
+// rows = all_rows(p).
 FASTATTN_DEVICE float* partial_out(const AttentionParams& p, int64_t split, int64_t row) {
     return static_cast<float*>(p.workspace) + (split * all_rows(p) + row) * p.head_dim_v;
 }
