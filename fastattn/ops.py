@@ -8,11 +8,14 @@ has validated and normalised them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from fastattn import dispatch
 from fastattn.backends.base import Backend, Tensors, empty_like_layout, empty_lse
@@ -196,7 +199,8 @@ class _Attention(torch.autograd.Function):
         others: Others,
         *call: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd(q, k, v, bias, sinks, others, *call)
+        with _enclosing_levels():
+            out, lse = _below_autograd(q, k, v, bias, sinks, others, *call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *others)
         ctx.call = call
@@ -228,7 +232,7 @@ class _Attention(torch.autograd.Function):
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _enclosing_levels(), torch._C._AutoDispatchBelowAutograd():
             return _backward_op(*arguments)
 
     @staticmethod
@@ -239,16 +243,50 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _record(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
+    """``function.apply``; under torch.func, which hands its levels to autograd one by one, for the one at hand."""
+    if not transforming():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+@contextmanager
+def _levels() -> Iterator[None]:
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _enclosing_levels() -> AbstractContextManager[None]:
+    """Within a Function's forward, where nothing is recorded: let the levels of torch.func around this one record."""
+    return _levels() if transforming() else nullcontext()
+
+
+def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "fastattn's kernels have no forward-mode derivative (torch.func.jvp, jacfwd, hessian); for one call "
+            "fastattn.reference.attention, or use reverse mode (grad, vjp, jacrev)"
+        )
+
+
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, bias, sinks, *_ = arguments
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    ):
-        return _Attention.apply(*arguments)
+    q, k, v, bias, sinks, others, *call = arguments
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(arguments[:5])
+    if torch.is_grad_enabled():
+        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        needs_bias_grad = bias is not None and bias.requires_grad
+        if needs_grad or needs_bias_grad or (sinks is not None and sinks.requires_grad):
+            if needs_grad > call[5] or needs_bias_grad > call[6]:  # what vmap takes apart asked for no gradient
+                call[5:7] = needs_grad, needs_bias_grad
+                arguments = (q, k, v, bias, sinks, others, *call)
+            return _record(_Attention, arguments)
     return _below_autograd(*arguments)
 
 
@@ -261,7 +299,7 @@ def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-        return _AttentionBackward.apply(*arguments)
+        return _record(_AttentionBackward, arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(*arguments)
 
@@ -310,7 +348,8 @@ def is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
         first is not None
         and (first.is_cpu or first.is_cuda)
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transforming()
+        and forward_ad._current_level < 0
         and not torch.autograd.profiler._is_profiler_enabled
     )
 
@@ -320,6 +359,6 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``fastattn::attention_forward``; eager calls take the shortest path: the dispatcher is half of a small call."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transforming():
         return _forward_op(*arguments)
     return _forward_autograd(*arguments)
