@@ -1,10 +1,12 @@
 """Fused attention kernels for torch: one call, one contract, on every device."""
 
 from fastattn import reference
-from fastattn.cache import KVCache, PagedKVCache, apply_rotary, attention_with_kv_cache
+from fastattn.cache import apply_rotary, attention_with_kv_cache
 from fastattn.checks import debug_checks
 from fastattn.dispatch import use_backend
-from fastattn.functional import attention, explain, scaled_dot_product_attention
+from fastattn.explanation import explain
+from fastattn.functional import attention, scaled_dot_product_attention
+from fastattn.kv_cache import KVCache, PagedKVCache
 from fastattn.modules import MultiHeadAttention
 from fastattn.packed import attention_varlen, pad, unpad
 from fastattn.swap import swap_attention
