@@ -319,5 +319,5 @@ def test_cache_refuses() -> None:
             attention(y, y, y, cache=ft.KVCache(5), **options)
     with pytest.raises(ValueError, match="eval"):
         fastattn.MultiHeadAttention(8, 2, dropout=0.1)(y, y, y, cache=ft.KVCache(5), need_weights=False)
-    with pytest.raises(TypeError, match="key must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got NoneType"):
         attention(y, None, None)
