@@ -263,20 +263,3 @@ def test_weights_and_statistics() -> None:
     torch.testing.assert_close(weights.gather(-1, found.top_keys), found.top_weights)
     with pytest.raises(TypeError, match="does not take dropout_p"):
         fastattn.attention_statistics(i.q, i.k, lse, dropout_p=0.1)
-
-
-def test_checkpointing_with_dropout_repeats_the_mask() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    x = torch.randn(1, 2, 20, 8)
-
-    def step(y: Tensor) -> Tensor:
-        return fastattn.attention(y, y, y, dropout_p=0.4, softcap=3.0).tanh()
-
-    grads = []
-    for again in (False, True):
-        y = x.clone().requires_grad_()
-        torch.manual_seed(5)
-        out = checkpoint(step, y, use_reentrant=False) if again else step(y)
-        grads.append(torch.autograd.grad(out.sum(), y)[0])
-    assert torch.equal(*grads)
