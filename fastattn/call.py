@@ -228,7 +228,7 @@ def _fold_rows(x: Tensor, batch: tuple[int, ...], row: tuple[int, ...]) -> Tenso
     lead = x.shape[: x.dim() - len(row)]
     if math.prod(lead) == 1:
         return x.reshape(1, *row)
-    return x.expand(*batch, *row).reshape(-1, *row)
+    return x.expand(*batch, *row).reshape(math.prod(batch), *row)
 
 
 def unfold(x: Tensor, like: Tensor, batch: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The features of a call together: whole calls drawn at random, the definition in loops, packed against a loop."""
+"""The features of a call together: whole calls drawn at random, the definition in loops, the weights of a call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tests.cases import Case, Inputs
 from tests.devices import device_of
 from tests.tolerance import assert_close_to_oracle
 
-BACKENDS = ["reference", "cpu"]
 DRAWN = {"reference": (10, 4), "cpu": (30, 4), "triton": (6, 1)}  # examples, and draws of each: Triton is interpreted
 
 
@@ -172,79 +171,6 @@ def test_the_definition_in_loops(case: Case) -> None:
     for got in (i.oracle(), i.run(fastattn.attention, backend="reference")):
         torch.testing.assert_close(got["out"], out, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(got["lse"], lse, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_equals_a_loop(backend: str) -> None:
-    lengths_q, lengths_k = (5, 0, 17, 40), (9, 3, 17, 21)
-    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths_q, lengths_k))
-    heads = torch.randn(4, dtype=torch.float64)
-    packed = [
-        torch.randn(sum(n), h, 8, dtype=torch.float64) for n, h in ((lengths_q, 4), (lengths_k, 2), (lengths_k, 2))
-    ]
-    options: dict[str, Any] = {
-        "causal": True,
-        "window": (12, None),
-        "softcap": 2.0,
-        "alibi_slopes": heads.abs().float(),
-    }
-    results = []
-    for one_by_one in (False, True):
-        q, k, v, sinks = leaves = [x.detach().requires_grad_() for x in (*packed, heads)]
-        rest = {**options, "sinks": sinks, "return_lse": True, "backend": backend}
-        if one_by_one:
-            parts = [
-                fastattn.attention(*(x.transpose(0, 1) for x in sequence), **rest)
-                for sequence in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-            ]
-            out, lse = torch.cat([o.transpose(0, 1) for o, _ in parts]), torch.cat([x for _, x in parts], dim=1)
-        else:
-            out, lse = fastattn.attention_varlen(q, k, v, cu_q, cu_k, **rest)
-        loss = (out * torch.arange(8)).sum() + lse.tanh().sum()
-        results.append([out, lse, *torch.autograd.grad(loss, leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-def test_padding_free_equals_masked() -> None:
-    x = torch.randn(3, 9, 16, requires_grad=True)
-    padding = torch.rand(3, 9) < 0.4
-    padding[1] = True
-    u = fastattn.unpad(x, padding)
-    rows = u.values.unflatten(1, (2, 8))
-    out = fastattn.pad(
-        fastattn.attention_varlen(rows, rows, rows, u.cu_seqlens, max_seqlen_q=u.max_seqlen).flatten(1), u
-    )
-    y = x.unflatten(2, (2, 8)).transpose(1, 2)
-    full = fastattn.attention(y, y, y, mask=~padding[:, None, None]).transpose(1, 2).flatten(2)
-    full = full.masked_fill(padding[..., None], 0)
-    torch.testing.assert_close(out, full)
-    assert not out[padding].any()
-    torch.testing.assert_close(*(torch.autograd.grad(z.tanh().sum(), x)[0] for z in (out, full)))
-
-
-def test_nested_tensors_equal_their_sequences() -> None:
-    parts = [torch.randn(n, 4, 8) for n in (5, 1, 12)]
-    nested = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
-    h = nested.transpose(1, 2)
-    for function, options in (
-        (fastattn.attention, {"causal": True, "softcap": 2.0}),
-        (fastattn.scaled_dot_product_attention, {"is_causal": True}),
-    ):
-        out = function(h, h, h, **options)
-        for x, y in zip(parts, out.unbind(), strict=True):
-            z = x.transpose(0, 1)
-            torch.testing.assert_close(y, function(z, z, z, **options))
-    out.transpose(1, 2).values().sum().backward()
-    assert nested.grad is not None and nested.grad.values().isfinite().all()
-    module = fastattn.MultiHeadAttention(32, 4, batch_first=True)
-    x = torch.nested.nested_tensor([p.flatten(1) for p in parts], layout=torch.jagged)
-    got, _ = module(x, x, x, need_weights=False, is_causal=True)
-    for part, y in zip(parts, (got + x).unbind(), strict=True):
-        z = part.flatten(1)[None]
-        torch.testing.assert_close(y, module(z, z, z, need_weights=False, is_causal=True)[0][0] + z[0])
-    with pytest.raises(ValueError, match="need_weights=False"):
-        module(x, x, x)
 
 
 def test_weights_and_statistics() -> None:
