@@ -270,8 +270,8 @@ def _enclosing_levels() -> AbstractContextManager[None]:
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
-            "fastattn's kernels have no forward-mode derivative (torch.func.jvp, jacfwd, hessian); for one call "
-            "fastattn.reference.attention, or use reverse mode (grad, vjp, jacrev)"
+            "fastattn's kernels have no forward-mode derivative (jvp, jacfwd, hessian); use reverse mode (grad, vjp, "
+            "jacrev), or fastattn.reference.attention, which torch differentiates either way"
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
@@ -154,14 +156,64 @@ def test_inference_mode_negative_bit_and_aliases() -> None:
     assert torch.equal(fastattn.attention(negative, q, negative), fastattn.attention(-q, q, -q))
 
 
-def test_vmap_works_or_says_so() -> None:
-    q = torch.randn(3, 2, 2, 6, 8)
-    try:
-        out = torch.func.vmap(lambda x: fastattn.attention(x, x, x))(q)
-    except RuntimeError as error:
-        assert "vmap" in str(error)
-    else:
-        assert torch.allclose(out, fastattn.attention(q, q, q), atol=1e-6)
+def loss(attend, q, k, v, bias, sinks, mask):
+    out, lse = attend(q, k, v, bias=bias, sinks=sinks, mask=mask, causal=True, return_lse=True)
+    return out.sin().sum() + torch.where(lse.isfinite(), lse, 0).cos().sum()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_func_transforms(backend: str) -> None:
+    """grad, vjp, jacrev and vmap, one in another, against the definition differentiated by plain autograd."""
+    i = Case("func", batch=3, heads_q=4, seqlen_q=5, seqlen_k=7, head_dim_qk=3, head_dim_v=2, bias=(0, 1, 0, 0),
+             mask=(0, 0, 1, 0), sinks=True).make(torch.float64)  # fmt: skip
+    definition, tensors = fastattn.reference.attention, (i.q, i.k, i.v, i.bias, i.sinks, i.mask)
+    dims = (0, 0, 0, 0, None, 0)
+
+    def expected(n: int) -> tuple[Tensor, ...]:
+        one = [x if dim is None else x[n : n + 1] for x, dim in zip(tensors, dims, strict=True)]
+        leaves = [x.detach().requires_grad_() for x in one[:5]]
+        return torch.autograd.grad(loss(definition, *leaves, one[5]), leaves)
+
+    with fastattn.use_backend(backend):
+        grad = torch.func.grad(partial(loss, fastattn.attention), argnums=(0, 1, 2, 3, 4))
+        single = grad(*(x if dim is None else x[1:2] for x, dim in zip(tensors, dims, strict=True)))
+        batched = [x if dim is None else x[:, None] for x, dim in zip(tensors, dims, strict=True)]
+        samples = torch.func.vmap(grad, in_dims=dims)(*batched)
+        outer = batched[0].detach().requires_grad_()
+        out = torch.func.vmap(fastattn.attention)(outer, *batched[1:3])
+        pulled = torch.func.vjp(fastattn.attention, i.q, i.k, i.v)[1](i.grad_out)
+        jacobian = torch.func.jacrev(lambda q: fastattn.attention(q, i.k, i.v).sum((0, 3)))(i.q)
+    torch.testing.assert_close(single, expected(1))
+    torch.testing.assert_close(samples, tuple(torch.stack(x) for x in zip(*map(expected, range(3)), strict=True)))
+    q, k, v = leaves = [x.detach().requires_grad_() for x in (i.q, i.k, i.v)]
+    torch.testing.assert_close(pulled, torch.autograd.grad(definition(q, k, v), leaves, i.grad_out))
+    torch.testing.assert_close(
+        jacobian, torch.autograd.functional.jacobian(lambda q: definition(q, i.k, i.v).sum((0, 3)), i.q)
+    )
+    # what a vmap takes apart asks for no gradient, but what is put around it does
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sin().sum(), outer)[0][:, 0],
+        torch.autograd.grad(definition(q, i.k, i.v).sin().sum(), q)[0],
+    )
+
+
+def test_what_has_no_derivative_says_so_under_func() -> None:
+    q = torch.randn(1, 2, 5, 4, dtype=torch.float64)
+
+    def total(x: Tensor) -> Tensor:
+        return fastattn.attention(x, x, x).sin().sum()
+
+    with pytest.raises(RuntimeError, match=r"second derivative.*fastattn\.reference\.attention"):
+        torch.func.grad(lambda x: torch.func.grad(total)(x).sin().sum())(q)
+    with pytest.raises(RuntimeError, match=r"forward-mode derivative.*fastattn\.reference\.attention"):
+        torch.func.jvp(total, (q,), (q,))
+    with pytest.raises(RuntimeError, match="derivative"):
+        torch.func.hessian(total)(q)
+    fastattn.attention(q, q, q)  # a plain call, which is repeated below without checks
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        total(forward_ad.make_dual(q, q))
+    with forward_ad.dual_level():
+        assert torch.equal(fastattn.attention(q, q, q), fastattn.attention(q, q, q))
 
 
 def test_equals_torch_with_its_own_arguments() -> None:
