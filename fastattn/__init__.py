@@ -4,10 +4,12 @@ from importlib import import_module
 from typing import Any
 
 from fastattn import reference
-from fastattn.cache import KVCache, PagedKVCache, apply_rotary, attention_with_kv_cache
+from fastattn.cache import apply_rotary, attention_with_kv_cache
 from fastattn.checks import debug_checks
 from fastattn.dispatch import use_backend
-from fastattn.functional import attention, explain, scaled_dot_product_attention
+from fastattn.explanation import explain
+from fastattn.functional import attention, scaled_dot_product_attention
+from fastattn.kv_cache import KVCache, PagedKVCache
 from fastattn.modules import MultiHeadAttention
 from fastattn.packed import attention_varlen, pad, unpad
 from fastattn.swap import swap_attention

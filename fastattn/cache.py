@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastattn import checks, ops
-from fastattn.call import Ragged, combine_window, prepare_ragged, shaping
+from fastattn.call import combine_window, shaping
+from fastattn.ragged import Ragged, prepare_ragged
 from fastattn.spec import Window, check_shapes, check_tensors
 from fastattn.validate import check_block_table, check_integers, check_length
 
@@ -77,6 +76,8 @@ def attention_with_kv_cache(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None,
     prefix_lens: Tensor | None = None,
     num_splits: int = 0,
     return_lse: bool = False,
@@ -101,8 +102,10 @@ def attention_with_kv_cache(
         rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``: turn the appended keys, at their positions in the
             cache, and the queries: at ``cache_seqlens + i`` when causal or windowed, else all at ``cache_seqlens``.
         rotary_interleaved: pairs of features are neighbours; False: the first half with the second. Default: True.
-        mask, bias, causal, window, softmax_scale, softcap, alibi_slopes, sinks, prefix_lens, return_lse, backend: as
-            in :func:`fastattn.attention`; masks broadcast to ``(batch, heads_q, seq_q, capacity)``.
+        mask, bias, causal, window, softmax_scale, softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens,
+            return_lse, backend: as in :func:`fastattn.attention`, where keys are all that the cache has room for:
+            masks broadcast to ``(batch, heads_q, seq_q, capacity)``, ``k_segments`` are ``(batch or 1, capacity)``.
+            When ``cache_seqlens`` is an int, only the keys held need be given.
         num_splits: parts that the keys are split into, computed side by side; 0: the kernel chooses. Changes speed
             and rounding, not meaning.
 
@@ -141,6 +144,9 @@ def attention_with_kv_cache(
         append(value_cache, value, lengths, block_table)
     if block_table is None and not isinstance(used, Tensor):
         key_cache, value_cache = key_cache[:, :, :used], value_cache[:, :, :used]
+        mask, bias, k_segments = (
+            x[..., :used] if x is not None and x.shape[-1:] == (capacity,) else x for x in (mask, bias, k_segments)
+        )
         seqused, capacity = None, used
     else:
         seqused = (
@@ -159,7 +165,7 @@ def attention_with_kv_cache(
         0.0,
         None,
         backend,
-        shaping(softcap, alibi_slopes, sinks, prefix_lens=prefix_lens),
+        shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens),
     )
     out, lse = ops.run_forward(*arguments[:6], *arguments.call)
     return (out, lse) if return_lse else out
@@ -222,122 +228,3 @@ def _rotate(
 
     q = apply_rotary(q, *at(q.shape[2], 1 if moves else 0), interleaved)
     return q, k if k is None else apply_rotary(k, *at(k.shape[2], 1), interleaved)
-
-
-class KVCache:
-    """Keys and values of one attention layer, a sequence per batch entry, each as long as it is.
-
-    Args:
-        batch, heads_k, capacity, head_dim: sizes; ``capacity`` keys per sequence.
-        head_dim_v: of the values. Default: ``head_dim``.
-        dtype, device: as for :func:`torch.empty`.
-
-    Attributes:
-        key, value: ``(batch, heads_k, capacity, head_dim)``.
-        lengths: int32 ``(batch,)``: keys held. Set an entry to go back or to start a sequence anew.
-    """
-
-    block_table: Tensor | None = None
-
-    def __init__(
-        self,
-        batch: int,
-        heads_k: int,
-        capacity: int,
-        head_dim: int,
-        head_dim_v: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        like: dict[str, Any] = {"dtype": dtype, "device": device}
-        dim_v = head_dim if head_dim_v is None else head_dim_v
-        self.key = torch.zeros(batch, capacity, heads_k, head_dim, **like).transpose(1, 2)
-        self.value = torch.zeros(batch, capacity, heads_k, dim_v, **like).transpose(1, 2)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.capacity = capacity
-        self._most = 0  # keys of the longest sequence: an upper bound that needs no look at the device
-
-    def reserve(self, new: int) -> None:
-        """Make room for ``new`` keys in every sequence, or raise ValueError."""
-        if self._most + new > self.capacity:
-            self._most = int(self.lengths.max())
-        if self._most + new > self.capacity:
-            raise ValueError(f"the cache has room for {self.capacity} keys: {self._most} used, {new} new")
-        self._most += new
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Append ``key`` and ``value`` and attend to all; arguments of :func:`attention_with_kv_cache`."""
-        with torch.no_grad():
-            self.reserve(key.shape[2])
-            options = {"causal": True, "block_table": self.block_table, **options}
-            result = attention_with_kv_cache(
-                query, self.key, self.value, key, value, cache_seqlens=self.lengths, **options
-            )
-            self.lengths += key.shape[2]
-        return result
-
-
-class PagedKVCache(KVCache):
-    """The same in pages that sequences take from a common store as they grow, and give back when they end.
-
-    Args:
-        batch, heads_k, head_dim, head_dim_v, dtype, device: as :class:`KVCache`.
-        num_pages: pages in the store.
-        page_size: keys to a page.
-        max_pages: of one sequence. Default: ``num_pages``.
-
-    Attributes:
-        key, value: ``(num_pages, heads_k, page_size, head_dim)``.
-        block_table: int32 ``(batch, max_pages)``; entries not in use are 0.
-        lengths: int32 ``(batch,)``: keys held.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        heads_k: int,
-        num_pages: int,
-        page_size: int,
-        head_dim: int,
-        head_dim_v: int | None = None,
-        *,
-        max_pages: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(num_pages, heads_k, page_size, head_dim, head_dim_v, dtype=dtype, device=device)
-        max_pages = num_pages if max_pages is None else max_pages
-        self.page_size, self.capacity = page_size, max_pages * page_size
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(batch, max_pages, dtype=torch.int32, device=device)
-        self._free = list(range(num_pages))[::-1]
-        self._held: list[list[int]] = [[] for _ in range(batch)]
-        self._used = [0] * batch
-
-    def reserve(self, new: int) -> None:
-        assert self.block_table is not None
-        needed = [
-            -(-(used + new) // self.page_size) - len(held) for used, held in zip(self._used, self._held, strict=True)
-        ]
-        longest = max(self._used, default=0) + new
-        if longest > self.capacity:
-            raise ValueError(f"a sequence has room for {self.capacity} keys: {longest - new} used, {new} new")
-        if sum(needed) > len(self._free):
-            raise ValueError(f"{new} new keys need {sum(needed)} pages, {len(self._free)} are free")
-        for b, count in enumerate(needed):
-            pages = [self._free.pop() for _ in range(count)]
-            if pages:
-                start = len(self._held[b])
-                filled = torch.tensor(pages, dtype=torch.int32, device=self.block_table.device)
-                self.block_table[b, start : start + count] = filled
-                self._held[b] += pages
-        self._used = [used + new for used in self._used]
-
-    def free(self, b: int) -> None:
-        """Give back the pages of sequence ``b``, which is then empty."""
-        assert self.block_table is not None
-        self._free += self._held[b][::-1]
-        self._held[b], self._used[b] = [], 0
-        self.block_table[b] = 0
-        self.lengths[b] = 0

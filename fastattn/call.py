@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -51,17 +51,23 @@ class Shaping(NamedTuple):
     prefix_lens: Tensor | None = None
 
 
-class Ragged(NamedTuple):
-    """What makes the sequences of a call differ; the fields of :class:`~fastattn.backends.base.Tensors`."""
+class AttentionOptions(TypedDict, total=False):
+    """What :func:`fastattn.attention` takes by keyword, and explains, for functions about such a call."""
 
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    seqused_k: Tensor | None = None
-    leftpad_k: Tensor | None = None
-    block_table: Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-    num_splits: int = 0
+    mask: Tensor | None
+    bias: Tensor | None
+    causal: bool
+    window: Window | None
+    offset: int | None
+    softmax_scale: float | None
+    dropout_p: float
+    dropout_seed: Tensor | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    q_segments: Tensor | None
+    k_segments: Tensor | None
+    prefix_lens: Tensor | None
 
 
 def shaping(
@@ -206,7 +212,7 @@ def _fold(x: Tensor, batch: tuple[int, ...]) -> Tensor:
     return x if x.dim() == 4 else x.flatten(0, -4)
 
 
-def _fold_mask(x: Tensor, batch: tuple[int, ...]) -> Tensor:
+def fold_mask(x: Tensor, batch: tuple[int, ...]) -> Tensor:
     """A mask or bias with four dimensions, size 1 where it is broadcast (over the whole batch, or not at all)."""
     if x.dim() == 4 and len(batch) == 1:
         return x
@@ -222,7 +228,7 @@ def _fold_rows(x: Tensor, batch: tuple[int, ...], row: tuple[int, ...]) -> Tenso
     lead = x.shape[: x.dim() - len(row)]
     if math.prod(lead) == 1:
         return x.reshape(1, *row)
-    return x.expand(*batch, *row).reshape(-1, *row)
+    return x.expand(*batch, *row).reshape(math.prod(batch), *row)
 
 
 def unfold(x: Tensor, like: Tensor, batch: tuple[int, ...]) -> Tensor:
@@ -244,7 +250,7 @@ def _check_seed(seed: Tensor, q: Tensor) -> None:
         raise ValueError(f"dropout_seed must be on the query's device {q.device}, got {seed.device}")
 
 
-def _seed_for(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
+def seed_for(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
     if seed is not None:
         _check_seed(seed, q)
     if dropout_p == 0:
@@ -319,12 +325,12 @@ def prepare(
                 _known.clear()
             _known.add(signature)
     if mask is not None:
-        mask = _fold_mask(mask, batch)
+        mask = fold_mask(mask, batch)
     if bias is not None:
-        bias = _fold_mask(bias, batch)
-    seed = _seed_for(dropout_p, dropout_seed, q)
+        bias = fold_mask(bias, batch)
+    seed = seed_for(dropout_p, dropout_seed, q)
     diagonal = k.shape[2] - q.shape[2] if offset is None else offset
-    call = _scalars(q, k, v, bias, window, diagonal, softmax_scale, dropout_p, backend)
+    call = scalars(q, k, v, bias, window, diagonal, softmax_scale, dropout_p, backend)
     if shaped is None:
         others = [] if mask is None and seed is None else [mask, seed, *(None,) * 9]
         return Arguments(q, k, v, bias, None, others, call), batch
@@ -335,7 +341,31 @@ def prepare(
     return Arguments(q, k, v, bias, sinks, others, (*call, softcap) if softcap else call), batch
 
 
-def _scalars(
+def prepare_options(
+    function: str, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+) -> tuple[Arguments, tuple[int, ...]]:
+    """:func:`prepare` for a function that takes the options of a call as they were given."""
+    if unknown := options.keys() - AttentionOptions.__annotations__.keys():
+        raise TypeError(f"{function} does not take {', '.join(sorted(unknown))}")
+    given: dict[str, Any] = dict(options)
+    get = given.get
+    return prepare(
+        query,
+        key,
+        value,
+        get("mask"),
+        get("bias"),
+        combine_window(get("causal", False), get("window")),
+        get("offset"),
+        get("softmax_scale"),
+        get("dropout_p", 0.0),
+        get("dropout_seed"),
+        None,
+        shaping(*map(get, Shaping._fields)),
+    )
+
+
+def scalars(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -359,73 +389,3 @@ def _scalars(
         grad and bias is not None and bias.requires_grad,
         dispatch.chosen_backend() if backend is None else backend,
     )
-
-
-def prepare_ragged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ragged: Ragged,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    window: Window,
-    offset: int | None,
-    softmax_scale: float | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    backend: str | None,
-    shaped: Shaping | None,
-) -> Arguments:
-    """The same for sequences that differ in length, on 4-D tensors whose kind, type and shapes have been checked.
-
-    ``offset=None`` is the bottom-right diagonal of each sequence, else the same diagonal for all of them.
-    """
-    check_scale(softmax_scale)
-    check_dropout(dropout_p)
-    packed, paged = ragged.cu_seqlens_q is not None, ragged.block_table is not None
-    batch = q.shape[0] if ragged.cu_seqlens_q is None else ragged.cu_seqlens_q.shape[0] - 1
-    seqlen_q = ragged.max_seqlen_q if packed else q.shape[2]
-    seqlen_k = ragged.max_seqlen_k if packed or paged else k.shape[2]
-    full = (batch, q.shape[1], seqlen_q, seqlen_k)
-    if mask is not None:
-        check_mask(mask, q, full)
-        mask = _fold_mask(mask, (batch,))
-    if bias is not None:
-        check_bias(bias, q, full)
-        bias = _fold_mask(bias, (batch,))
-    if checks.enabled():
-        check_values(q, k, ragged, seqlen_q, seqlen_k, shaped)
-    check_offset(offset)
-    grad = (q, k, v, bias, shaped.sinks if shaped else None)
-    if paged and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grad):
-        raise ValueError("attention to paged keys (block_table) has no gradient: call it under torch.no_grad()")
-    relative = offset is None
-    if relative and not packed and ragged.seqused_k is None:
-        relative, offset = False, seqlen_k - seqlen_q
-    seed = _seed_for(dropout_p, dropout_seed, q)
-    call = _scalars(q, k, v, bias, window, offset or 0, softmax_scale, dropout_p, backend)
-    softcap, sinks, others = 0.0, None, [mask, seed, *(None,) * 4, *ragged[:5]]
-    if shaped is not None:
-        softcap, slopes, sinks, *rows = shape_tensors(shaped, q, seqlen_k, seqlen_q, (batch,))
-        others[2:6] = slopes, *rows
-    lengths = (seqlen_q, seqlen_k) if packed else (0, seqlen_k if paged else 0)
-    return Arguments(q, k, v, bias, sinks, others, (*call, softcap, relative, *lengths, ragged.num_splits))
-
-
-def check_values(q: Tensor, k: Tensor, r: Ragged, seqlen_q: int, seqlen_k: int, shaped: Shaping | None) -> None:
-    """What :class:`fastattn.debug_checks` promises, for one call."""
-    keys: int | Tensor = seqlen_k
-    if r.cu_seqlens_q is not None:
-        checks.check_cumulative("cu_seqlens_q", r.cu_seqlens_q, q.shape[2], seqlen_q)
-    if r.cu_seqlens_k is not None:
-        checks.check_cumulative("cu_seqlens_k", r.cu_seqlens_k, k.shape[2], seqlen_k)
-        keys = r.cu_seqlens_k.diff()
-    if r.seqused_k is not None:
-        checks.check_lengths("seqused_k", r.seqused_k, keys, "the keys that there are")
-        keys = r.seqused_k
-    if r.leftpad_k is not None:
-        checks.check_lengths("leftpad_k", r.leftpad_k, keys, "the keys that there are")
-    if r.block_table is not None:
-        checks.check_pages(r.block_table, k.shape[0], k.shape[2], r.seqused_k)
-    if shaped is not None and shaped.prefix_lens is not None:
-        checks.check_lengths("prefix_lens", shaped.prefix_lens, seqlen_k, "the longest keys")

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: ``select`` decides, ``explain`` tells."""
+"""Which backend runs a call, and why: ``select`` decides, ``describe`` tells."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn import dispatch, ops
+from fastattn import ops
 from fastattn.call import combine_window, plain_key, prepare, remember, run_repeated, shaping, unfold
 from fastattn.nested import attention_nested
 from fastattn.spec import Window
@@ -60,7 +60,8 @@ def attention(
     Args:
         query: ``(..., heads_q, seq_q, head_dim_qk)``, float16, bfloat16, float32 or float64, any strides; with three
             dimensions ``(heads_q, seq_q, head_dim_qk)``, with two ``(seq_q, head_dim_qk)``. All three may be jagged
-            NestedTensors ``(batch, heads, seq*, head_dim)``: then as :func:`fastattn.attention_varlen`.
+            NestedTensors ``(batch, heads, seq*, head_dim)``: then as :func:`fastattn.attention_varlen`, with segments
+            that are NestedTensors ``(batch, seq*)``.
         key: ``(..., heads_k, seq_k, head_dim_qk)``, of the query's dtype and device; batch dimensions broadcast.
         value: ``(..., heads_k, seq_k, head_dim_v)``.
         mask: boolean, broadcastable to ``(..., heads_q, seq_q, seq_k)``; True = may attend. Default: none.
@@ -96,8 +97,6 @@ def attention(
         RuntimeError: a named backend cannot run this call; the message gives its reasons.
     """
     if getattr(query, "is_nested", False) or getattr(key, "is_nested", False):
-        if q_segments is not None or k_segments is not None:
-            raise ValueError("segments are for dense tensors; the sequences of a NestedTensor are segments already")
         return attention_nested(
             query,
             key,
@@ -113,6 +112,8 @@ def attention(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            q_segments=q_segments,
+            k_segments=k_segments,
             prefix_lens=prefix_lens,
             return_lse=return_lse,
             backend=backend,
@@ -202,54 +203,3 @@ def scaled_dot_product_attention(
     out, _ = ops.run_forward(*arguments[:6], *arguments.call)
     remember(plain, arguments, query, key, value)
     return unfold(out, query, batch)
-
-
-def explain(
-    query: Tensor | None = None,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    window: Window | None = None,
-    offset: int | None = None,
-    softmax_scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    q_segments: Tensor | None = None,
-    k_segments: Tensor | None = None,
-    prefix_lens: Tensor | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> None:
-    """Print what :func:`attention` would run for these arguments, how it is configured, and why nothing else would.
-
-    Without arguments: which backends can run on this machine, and why the others cannot. Nothing is computed.
-
-    Raises:
-        TypeError, ValueError: as :func:`attention`.
-    """
-    if query is None or key is None or value is None:
-        if not query is key is value is None:
-            raise TypeError("explain takes query, key and value together, or none of them")
-        print(dispatch.describe(None))
-        return
-    arguments, _ = prepare(
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        combine_window(causal, window),
-        offset,
-        softmax_scale,
-        dropout_p,
-        dropout_seed,
-        backend,
-        shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens),
-    )
-    print(dispatch.describe(arguments.spec(), arguments.call[7]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastattn.cache import KVCache
+from fastattn.kv_cache import KVCache
 from fastattn.nested import like
 from fastattn.packed import attention_varlen
 from fastattn.spec import Window
@@ -53,22 +53,32 @@ def attend_nested(
 def attend_to_cache(
     mha: MultiHeadAttention,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     cache: KVCache,
-    unmasked: bool,
+    key_padding_mask: Tensor | None,
     causal: bool,
     window: Window | None,
 ) -> Tensor:
-    """Append the projected keys and values to the cache, and attend to all that it holds."""
+    """Append the projected keys and values, if there are any, to the cache, and attend to all that it holds."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a fastattn.KVCache or fastattn.PagedKVCache, got {type(cache).__name__}")
-    if not unmasked or query.dim() != 3 or mha.bias_k is not None or mha.add_zero_attn:
-        raise ValueError(
-            "a cache needs batched inputs and need_weights=False, and excludes masks, add_bias_kv and add_zero_attn"
-        )
+    if query.dim() != 3 or mha.bias_k is not None or mha.add_zero_attn:
+        raise ValueError("a cache needs batched inputs, and excludes add_bias_kv and add_zero_attn")
     if mha.training and mha.dropout:
         raise ValueError("a cache is for inference: call eval() first, there is dropout")
-    out = cache.attend(*mha._project(query, key, value), causal=causal, window=window)
+    mask = None
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype is not torch.bool or key_padding_mask.dim() != 2:
+            raise ValueError(
+                "with a cache, key_padding_mask must be bool of shape (batch, keys), keys that the cache holds "
+                f"included; got {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
+            )
+        mask = ~key_padding_mask[:, None, None, :]
+    if key is None or value is None:
+        new: tuple[Tensor, ...] = (mha._project_query(query),)
+    else:
+        new = mha._project(query, key, value)
+    out = cache.attend(*new, mask=mask, causal=causal, window=window)
     assert isinstance(out, Tensor)
     return mha._merge(out)

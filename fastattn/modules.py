@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
-from fastattn.cache import KVCache
 from fastattn.call import draw_dropout_seed
 from fastattn.functional import attention
+from fastattn.kv_cache import KVCache
 from fastattn.masks import expand_attn_mask, expand_padding_mask, hidden_by_window, merge_masks, pad_keys
 from fastattn.module_inputs import attend_nested, attend_to_cache
 from fastattn.nested import is_nested
@@ -156,8 +156,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def forward(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
@@ -181,8 +181,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
             window: ``(left, right)``: query i sees keys ``i - left <= j <= i + right`` only; None: unbounded.
                 With ``cache``, aligned to the last key.
             cache: :class:`fastattn.KVCache` or :class:`fastattn.PagedKVCache` of this layer (``num_kv_heads`` heads):
-                the new keys and values are appended to it, and queries see all that it holds, causally with
-                ``is_causal``. For inference; without masks and weights.
+                the new keys and values are appended to it, unless key and value are None, and queries see all that it
+                holds, causally with ``is_causal``. For inference, without ``attn_mask`` and weights; a boolean
+                ``key_padding_mask`` has an entry for each key held, the new ones included.
 
         Returns:
             ``(out, weights)``: ``out`` of the shape of ``query``; ``weights`` None unless ``need_weights``, else
@@ -198,9 +199,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
         unmasked = key_padding_mask is None and attn_mask is None and not need_weights
         if is_nested(query, key, value):
             return attend_nested(self, query, key, value, unmasked, is_causal, window), None
-        self._check_inputs(query, key, value)
         if cache is not None:
-            return attend_to_cache(self, query, key, value, cache, unmasked, is_causal, window), None
+            if attn_mask is not None or need_weights:
+                raise ValueError("with a cache there is no attn_mask, and need_weights must be False")
+            if key is not None or value is not None:
+                self._check_inputs(query, key, value)
+            return attend_to_cache(self, query, key, value, cache, key_padding_mask, is_causal, window), None
+        self._check_inputs(query, key, value)
+        assert key is not None and value is not None
         batched = query.dim() == 3
         if not batched:
             query, key, value = self._add_batch(query, key, value)
@@ -300,7 +306,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         v = k if value is key else value.unsqueeze(dim)
         return q, k, v
 
-    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check_inputs(self, query: Tensor, key: Any, value: Any) -> None:
         inputs = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         for name, x, dim in inputs:
             if not isinstance(x, Tensor):

@@ -19,7 +19,8 @@ def _jagged(name: str, x: Any, ragged_dim: int) -> Any:
     if not x.is_nested or x.layout is not torch.jagged:
         kind = "a NestedTensor in strided layout" if x.is_nested else "a dense tensor"
         raise NotImplementedError(
-            f"{name} is {kind}: query, key and value must all be NestedTensors with layout=torch.jagged, or all dense"
+            f"{name} is {kind}: query, key, value and segments must all be NestedTensors with layout=torch.jagged, or "
+            "all dense"
         )
     if x._ragged_idx != ragged_dim:
         raise ValueError(f"{name} must be jagged in dimension {ragged_dim}, got {x._ragged_idx}")
@@ -44,6 +45,14 @@ def attention_nested(query: Any, key: Any, value: Any, gqa_hint: str | None = No
     of_q, of_k = q.offsets().to(torch.int32), k.offsets().to(torch.int32)
     if k.offsets() is not v.offsets() and not torch.equal(k.offsets(), v.offsets()):
         raise ValueError("key and value must have the same sequence lengths")
+    for name, of in (("q_segments", q), ("k_segments", k)):
+        if (ids := options.get(name)) is not None:
+            ids = _jagged(name, ids, 1)
+            if ids.offsets() is not of.offsets() and not torch.equal(ids.offsets(), of.offsets()):
+                raise ValueError(f"{name} must have the sequence lengths of {'query' if of is q else 'key'}")
+            options[name] = ids.values()
+    if options.get("k_segments") is None and k.offsets() is q.offsets():
+        options["k_segments"] = options.get("q_segments")
     return_lse = options.pop("return_lse", False)
     of_k = of_q if k.offsets() is q.offsets() else of_k
     out, lse = attention_varlen(q.values(), k.values(), v.values(), of_q, of_k, return_lse=True, **options)

@@ -154,7 +154,7 @@ def _backward(
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
-def _forward_fake(
+def forward_fake(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, others: Others, *call: Any
 ) -> tuple[Tensor, Tensor]:
     return empty_like_layout(q, v.shape[3]), empty_lse(q)
@@ -221,7 +221,7 @@ class _Attention(torch.autograd.Function):
         if ctx.call[5] or ctx.call[6]:
             plain = not torch.is_grad_enabled() and is_plain((grad_out, grad_lse, q, k, v, bias), others)
             plain = plain and torch._C._has_storage(grad_out)  # there is none in is_grads_batched
-            run = _backward if plain else _backward_op
+            run = _backward if plain else BACKWARD
             dq, dk, dv, dbias = run(grad_out, grad_lse, q, k, v, bias, sinks, others, out, lse, *ctx.call)
         return (
             dq if needs[0] else None,
@@ -237,7 +237,7 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with _enclosing_levels(), torch._C._AutoDispatchBelowAutograd():
-            return _backward_op(*arguments)
+            return BACKWARD(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -300,7 +300,7 @@ def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     if is_plain(arguments[:5], arguments[5]):
         return _forward(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(*arguments)
+        return FORWARD(*arguments)
 
 
 def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -309,7 +309,7 @@ def _backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         return _record(_AttentionBackward, arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(*arguments)
+        return BACKWARD(*arguments)
 
 
 def _slice(x: Any, dim: Any, n: int) -> Any:
@@ -334,7 +334,7 @@ def _vmap(name: str) -> Callable[..., Any]:
 
 
 for _name, _kernel, _autograd, _fake in (
-    ("attention_forward", _forward, _forward_autograd, _forward_fake),
+    ("attention_forward", _forward, _forward_autograd, forward_fake),
     ("attention_backward", _backward, _backward_autograd, _backward_fake),
 ):
     for _key in ("CPU", "CUDA", "XPU", "MPS"):
@@ -343,8 +343,8 @@ for _name, _kernel, _autograd, _fake in (
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_library)
     torch.library.register_vmap(f"fastattn::{_name}", _vmap(_name), lib=_library)
 
-_forward_op = torch.ops.fastattn.attention_forward.default
-_backward_op = torch.ops.fastattn.attention_backward.default
+FORWARD = torch.ops.fastattn.attention_forward.default
+BACKWARD = torch.ops.fastattn.attention_backward.default
 
 
 def is_plain(tensors: Sequence[Tensor | None], others: Others) -> bool:
@@ -372,7 +372,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``fastattn::attention_forward``; eager calls take the shortest path: the dispatcher is half of a small call."""
     if torch.compiler.is_compiling() or transforming():
-        return _forward_op(*arguments)
+        return FORWARD(*arguments)
     if torch._C._is_tracing():
         raise RuntimeError(
             "torch.jit.trace cannot record fastattn's operators: use torch.export.export or torch.compile"

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import ops
-from fastattn.call import Ragged, combine_window, prepare_ragged, shaping
+from fastattn.call import combine_window, shaping
+from fastattn.ragged import Ragged, prepare_ragged
 from fastattn.spec import Window, check_shapes, check_tensors
 from fastattn.validate import check_block_table, check_cu_seqlens, check_integers, check_length
 
@@ -34,6 +35,8 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None,
     prefix_lens: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
@@ -70,6 +73,9 @@ def attention_varlen(
         offset: one diagonal for all sequences; 0 is top-left. Default: bottom-right.
         softmax_scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, return_lse, backend: as in
             :func:`fastattn.attention`, with ``alibi_slopes`` ``(heads_q,)`` or ``(batch, heads_q)``.
+        q_segments: integers ``(total_q,)``: within its sequence, a query sees the keys of its own segment.
+        k_segments: integers ``(total_k,)``, or ``(num_pages, page_size)`` of pages. Default: ``q_segments``, where
+            ``cu_seqlens_k`` is not given.
         prefix_lens: integers ``(batch,)``; as in :func:`fastattn.attention`.
         num_splits: parts that the keys are split into, for few queries on many keys; 0: the kernel chooses. Changes
             speed and rounding.
@@ -93,7 +99,7 @@ def attention_varlen(
     k, v = (x.transpose(1, 2) if block_table is not None else x.transpose(0, 1).unsqueeze(0) for x in (key, value))
     check_shapes(q, k, v)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, None)
-    batch = cu_seqlens_q.shape[0] - 1
+    batch, alone = cu_seqlens_q.shape[0] - 1, cu_seqlens_k is None
     if cu_seqlens_k is not None:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, batch)
     if seqused_k is not None:
@@ -109,11 +115,24 @@ def attention_varlen(
             max_k = max_q
         else:
             max_k = _longest(cu_seqlens_k) if max_seqlen_k is None else check_length("max_seqlen_k", max_seqlen_k)
+    if q_segments is not None or k_segments is not None:
+        k_segments = q_segments if k_segments is None and alone and block_table is None else k_segments
+        q_segments = _segments("q_segments", q_segments, q, (query.shape[0],), cu_seqlens_q, None, max_q)
+        k_segments = _segments("k_segments", k_segments, q, key.shape[:-2], cu_seqlens_k, block_table, max_k)
     arguments = prepare_ragged(
         q,
         k,
         v,
-        Ragged(cu_seqlens_q, cu_seqlens_k, seqused_k, None, block_table, max_q, max_k, num_splits),
+        Ragged(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seqused_k,
+            None,
+            block_table,
+            max_q,
+            max_k,
+            check_length("num_splits", num_splits),
+        ),
         mask,
         bias,
         combine_window(causal, window),
@@ -122,7 +141,7 @@ def attention_varlen(
         dropout_p,
         dropout_seed,
         backend,
-        shaping(softcap, alibi_slopes, sinks, prefix_lens=prefix_lens),
+        shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens),
     )
     out, lse = ops.run_forward(*arguments[:6], *arguments.call)
     out = out.squeeze(0).transpose(0, 1)
@@ -176,6 +195,30 @@ def pad(values: Tensor, like: Unpadded) -> Tensor:
 
 def _longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+
+
+def _segments(
+    name: str,
+    ids: Tensor | None,
+    q: Tensor,
+    expected: tuple[int, ...],
+    cu_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    longest: int,
+) -> Tensor:
+    """An id per packed row, or per row of each page, as ``(batch, longest)``: what stands behind an end is not read."""
+    if ids is None:
+        raise ValueError(f"q_segments and k_segments are given together: {name} is missing")
+    check_integers(name, ids, q, expected)
+    if ids.shape != expected:
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(ids.shape)}")
+    if block_table is not None:
+        return ids[block_table.long()].flatten(1)
+    assert cu_seqlens is not None
+    rows = cu_seqlens[:-1, None] + torch.arange(longest, device=ids.device)
+    if ids.shape[0] == 0:
+        return ids.new_zeros(rows.shape)
+    return ids[rows.clamp(max=ids.shape[0] - 1)]
 
 
 def _used_of_pages(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.base import Tensors
-from fastattn.call import Arguments, combine_window, prepare, shaping, unfold
-from fastattn.spec import Window
+from fastattn.call import Arguments, AttentionOptions, prepare_options, unfold
 from fastattn.validate import check_length
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _block(a: Arguments, lse: Tensor, rows: slice, heads: slice = slice(None)) -> Tensor:
@@ -62,25 +64,7 @@ def _check_lse(lse: Tensor, query: Tensor, a: Arguments, batch: tuple[int, ...])
 
 
 def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    window: Window | None = None,
-    offset: int | None = None,
-    softmax_scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    q_segments: Tensor | None = None,
-    k_segments: Tensor | None = None,
-    prefix_lens: Tensor | None = None,
-    average_heads: bool = False,
+    query: Tensor, key: Tensor, lse: Tensor, *, average_heads: bool = False, **options: Unpack[AttentionOptions]
 ) -> Tensor:
     """The attention matrix of an :func:`fastattn.attention` call, recomputed from its lse: ``exp(scores - lse)``.
 
@@ -91,11 +75,9 @@ def attention_weights(
         query: ``(..., heads_q, seq_q, head_dim_qk)``.
         key: ``(..., heads_k, seq_k, head_dim_qk)``.
         lse: ``(..., heads_q, seq_q)``, as ``attention(..., return_lse=True)`` returns it.
-        mask, bias, causal, window, offset, softmax_scale, softcap, alibi_slopes, q_segments, k_segments, prefix_lens:
-            as given to :func:`fastattn.attention`.
-        sinks: accepted, to take the same arguments; what they do is in lse.
-        dropout_p, dropout_seed: likewise; the weights are then those after dropout. The seed must be given.
         average_heads: the mean over heads, summed up one head at a time. Default: False.
+        options: of the :func:`fastattn.attention` call, as they were given to it. With dropout the weights are those
+            after it, and the seed must be given; what sinks do is in lse.
 
     Returns:
         ``(..., heads_q, seq_q, seq_k)``, averaged ``(..., seq_q, seq_k)``, in the query's dtype; rows that see nothing
@@ -104,13 +86,10 @@ def attention_weights(
     Raises:
         TypeError, ValueError: as :func:`fastattn.attention`; also when dropout comes without its seed.
     """
-    if dropout_p and dropout_seed is None:
+    dropout_p = options.get("dropout_p", 0.0)
+    if dropout_p and options.get("dropout_seed") is None:
         raise ValueError("dropout_p > 0 needs the dropout_seed of the attention call whose weights these are")
-    shaped = shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
-    both = combine_window(causal, window)
-    arguments, batch = prepare(
-        query, key, key, mask, bias, both, offset, softmax_scale, dropout_p, dropout_seed, None, shaped
-    )
+    arguments, batch = prepare_options("attention_weights", query, key, key, options)
     _check_lse(lse, query, arguments, batch)
     q, k, seed = arguments.q, arguments.k, arguments.others[1] if arguments.others else None
     keep = None
@@ -139,7 +118,13 @@ class AttentionStatistics(NamedTuple):
 
 
 def attention_statistics(
-    query: Tensor, key: Tensor, lse: Tensor, *, top_k: int = 0, block: int = 128, **options: Any
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    top_k: int = 0,
+    block: int = 128,
+    **options: Unpack[AttentionOptions],
 ) -> AttentionStatistics:
     """Per-key attention mass and the top keys of each query, without ever holding the attention matrix.
 
@@ -150,24 +135,18 @@ def attention_statistics(
         query, key, lse: as :func:`attention_weights`.
         top_k: how many keys to name per query; 0: none. At most ``seq_k``.
         block: queries at a time. Default: 128.
-        options: mask, bias, causal, ... of the :func:`fastattn.attention` call, except dropout.
+        options: of the :func:`fastattn.attention` call, except dropout.
 
     Raises:
         TypeError, ValueError: as :func:`attention_weights`.
     """
-    both = combine_window(options.pop("causal", False), options.pop("window", None))
-    names = ("softcap", "alibi_slopes", "sinks", "q_segments", "k_segments", "prefix_lens")
-    shaped = shaping(*(options.pop(name, None) for name in names))
-    plain = [options.pop(name, None) for name in ("mask", "bias", "offset", "softmax_scale")]
-    if options:
-        raise TypeError(f"attention_statistics does not take {', '.join(options)}")
+    if given := {"dropout_p", "dropout_seed"} & options.keys():
+        raise TypeError(f"attention_statistics does not take {', '.join(sorted(given))}")
     check_length("top_k", top_k)
     if check_length("block", block) == 0:
         raise ValueError("block must be at least 1, got 0")
     with torch.no_grad():
-        arguments, batch = prepare(
-            query, key, key, plain[0], plain[1], both, plain[2], plain[3], 0.0, None, None, shaped
-        )
+        arguments, batch = prepare_options("attention_statistics", query, key, key, options)
         _check_lse(lse, query, arguments, batch)
         seqlen_q, seqlen_k = arguments.q.shape[2], arguments.k.shape[2]
         if top_k > seqlen_k:

@@ -46,6 +46,7 @@ class Case:
     softcap: float = 0.0
     alibi: str = ""  #: "heads" or "batch": slopes (heads_q,) or (batch, heads_q)
     sinks: bool = False
+    sinks_dtype: torch.dtype | None = None  #: None: the inputs'
     segments: str = ""  #: "shared" or "batch": segment ids (1, seq) or (batch, seq)
     prefix: tuple[int, ...] | None = None
     lengths_q: tuple[int, ...] | None = None  #: packed queries; the longest is seqlen_q
@@ -123,7 +124,7 @@ class Case:
             shape = (self.batch, self.heads_q)[self.alibi == "heads" :]
             slopes = place(draw(*shape).abs() / 10, torch.float32)
         if self.sinks:
-            sinks = place(draw(self.heads_q))
+            sinks = place(draw(self.heads_q), self.sinks_dtype or dtype)
         if self.segments:
             rows = 1 if self.segments == "shared" else self.batch
             of_q, of_k = (
@@ -263,6 +264,12 @@ def packed(name: str, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...] | N
     return Case(name, lengths_q=lengths_q, lengths_k=lengths_k, **{**sizes, **options})
 
 
+MANY: dict[str, Any] = {
+    "seqlen_q": 30, "seqlen_k": 70, "heads_q": 4, "head_dim_v": 20, "softmax_scale": 0.25, "softcap": 3.0,
+    "alibi": "batch", "sinks": True, "segments": "batch",
+}  # fmt: skip
+MANY_PACKED: dict[str, Any] = {**MANY, "dropout_p": 0.2, "offset": 25}
+
 CASES = [
     Case("plain"),
     Case("one_by_one", batch=1, heads_q=1, heads_k=1, seqlen_q=1, seqlen_k=1),
@@ -334,6 +341,7 @@ CASES = [
     Case("alibi_batch_causal_gqa", alibi="batch", causal=True, heads_q=4),
     Case("alibi_softcap_top_left", alibi="heads", softcap=3.0, offset=0, window=(20, None)),
     Case("sinks", sinks=True),
+    Case("sinks_float32", sinks=True, sinks_dtype=torch.float32, heads_q=8),
     Case("sinks_window_gqa", sinks=True, window=(5, 0), heads_q=4, seqlen_q=70, seqlen_k=70),
     Case("sinks_blind_rows", sinks=True, mask=(0, 1, 0, 0), blind_rows=True),
     Case("sinks_dropout_softcap", sinks=True, dropout_p=0.3, softcap=2.0),
@@ -370,6 +378,18 @@ CASES = [
     packed("paged_packed", (5, 1, 12), None, used_k=(20, 33, 12), page_size=8, causal=True, heads_q=4),
     Case("splits", num_splits=3, used_k=(300, 170), seqlen_q=2, seqlen_k=300, causal=True, heads_q=4),
     Case("splits_paged", num_splits=4, used_k=(200, 3), seqlen_q=1, seqlen_k=208, page_size=16),
+    # Many features together, so that every pair of them is in some case: tests/test_pairs.py counts.
+    Case("many", offset=30, causal=True, mask=(0, 1, 0, 0), bias=(1, 0, 0, 0), prefix=(25, 40), **MANY),
+    Case("many_strided", offset=30, window=(30, 9), bias=(0, 1, 0, 0), dropout_p=0.2, layout="strided", **MANY),
+    Case("many_dropped", offset=25, causal=True, mask=(0, 1, 1, 0), prefix=(30, 20), dropout_p=0.2, **MANY),
+    Case("many_used", used_k=(70, 55), leftpad=(4, 9), bias=(1, 0, 0, 0), prefix=(30, 40), num_splits=2, **MANY),
+    Case("many_split", used_k=(61, 70), mask=(0, 0, 0, 0), window=(40, 2), layout="bshd", num_splits=3, **MANY),
+    Case("many_padded", leftpad=(7, 2), mask=(0, 1, 1, 0), offset=35, prefix=(60, 30), layout="bshd", **MANY),
+    Case("many_pages", page_size=7, used_k=(70, 45), leftpad=(3, 0), causal=True, mask=(0, 1, 0, 0), **MANY),
+    Case("many_split_pages", page_size=16, prefix=(40, 30), bias=(1, 0, 0, 0), window=(40, 5), num_splits=2, **MANY),
+    packed("many_packed", (30, 19), (70, 50), causal=True, mask=(0, 1, 0, 0), bias=(1, 0, 0, 0), **MANY_PACKED),
+    packed("many_packed_used", (30, 11), (70, 60), used_k=(66, 41), prefix=(30, 20), window=(40, 3), **MANY_PACKED),
+    packed("many_packed_pages", (30, 6), None, used_k=(66, 50), page_size=8, num_splits=2, causal=True, **MANY_PACKED),
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -6,10 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import fastattn
 from fastattn import ops
-from fastattn.call import Arguments, Ragged, Shaping, combine_window, prepare_ragged
+from fastattn.call import Arguments, Shaping, combine_window
+from fastattn.ragged import Ragged, prepare_ragged
 
 if TYPE_CHECKING:
     from tests.cases import Inputs
@@ -38,7 +41,8 @@ def page(k: Tensor, v: Tensor, page_size: int, used: tuple[int, ...]) -> tuple[T
     table = order[: batch * pages].view(batch, pages)
     stores = []
     for x in (k, v):
-        store = x.new_full((batch * pages + 2, page_size, heads, x.shape[3]), math.nan).transpose(1, 2)
+        fill = math.nan if x.is_floating_point() else -1
+        store = x.new_full((batch * pages + 2, page_size, heads, x.shape[3]), fill).transpose(1, 2)
         for b, n in enumerate(used):
             for j in range(n):
                 store[table[b, j // page_size], :, j % page_size] = x[b, :, j]
@@ -101,9 +105,64 @@ def arguments(i: Inputs, q: Tensor, k: Tensor, v: Tensor, **common: Any) -> Argu
 
 
 def attend(i: Inputs, q: Tensor, k: Tensor, v: Tensor, **common: Any) -> tuple[Tensor, Tensor]:
-    """out and lse of a ragged case, padded."""
-    call = arguments(i, q, k, v, **common)
-    out, lse = ops.run_forward(*call[:6], *call.call)
-    if i.case.lengths_q is None:
+    """out and lse of a ragged case, padded: by the public function, where one takes such a call."""
+    case = i.case
+    if case.lengths_q is not None and case.leftpad is None:
+        out, lse = varlen(i, q, k, v, **common)
+    elif case.lengths_q is None and not case.dropout_p and case.offset is None:
+        return cached(i, q, k, v, **common)
+    else:
+        call = arguments(i, q, k, v, **common)
+        out, lse = ops.run_forward(*call[:6], *call.call)
+    if case.lengths_q is None:
         return out, lse
-    return (unpack(x, i.case.lengths_q, i.case.seqlen_q, f) for x, f in ((out, 0.0), (lse, -math.inf)))  # type: ignore
+    return (unpack(x, case.lengths_q, case.seqlen_q, f) for x, f in ((out, 0.0), (lse, -math.inf)))  # type: ignore
+
+
+def varlen(i: Inputs, q: Tensor, k: Tensor, v: Tensor, **common: Any) -> tuple[Tensor, Tensor]:
+    """``attention_varlen``, its result as the operator's."""
+    case, table = i.case, None
+    options = {"causal": case.causal, "window": case.window, "offset": case.offset, **common}
+    ids = [options.pop(name) for name in ("q_segments", "k_segments")]
+    ids = [None if x is None else x.expand(case.batch, -1)[:, None, :, None] for x in ids]
+    if case.page_size is not None:
+        used = case.used_k or (case.seqlen_k,) * case.batch
+        if ids[1] is not None:
+            ids[1] = page(ids[1], ids[1], case.page_size, used)[0][:, 0, :, 0]
+        k, v, table = page(k, v, case.page_size, used)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        options |= {name: widened(common[name], case, table) for name in ("mask", "bias")}
+    else:
+        assert case.lengths_k is not None
+        ids[1] = None if ids[1] is None else pack(ids[1], case.lengths_k)[0, 0, :, 0]
+        k, v = (pack(x, case.lengths_k)[0].transpose(0, 1) for x in (k, v))
+    assert case.lengths_q is not None
+    rows = pack(q, case.lengths_q)[0].transpose(0, 1)
+    of_q = None if ids[0] is None else pack(ids[0], case.lengths_q)[0, 0, :, 0]
+    cu = cumulative(case.lengths_q, q.device), cumulative(case.lengths_k, q.device)
+    used_k = i.lengths["seqlens_k"] if case.used_k is not None or table is not None else None
+    out, lse = fastattn.attention_varlen(
+        rows, k, v, *cu, case.seqlen_q, case.seqlen_k, seqused_k=used_k, block_table=table, q_segments=of_q,
+        k_segments=ids[1], num_splits=case.num_splits, return_lse=True, **options,
+    )  # fmt: skip
+    return out.transpose(0, 1)[None], lse[None]
+
+
+def cached(i: Inputs, q: Tensor, k: Tensor, v: Tensor, **common: Any) -> tuple[Tensor, Tensor]:
+    """``attention_with_kv_cache``."""
+    case, table, used = i.case, None, i.lengths["seqlens_k"]
+    options = {name: x for name, x in common.items() if not name.startswith("dropout")}
+    if case.page_size is not None:
+        k, v, table = page(k, v, case.page_size, case.used_k or (case.seqlen_k,) * case.batch)
+        options |= {name: widened(common[name], case, table) for name in ("mask", "bias", "k_segments")}
+    return fastattn.attention_with_kv_cache(  # type: ignore[return-value]
+        q, k, v, cache_seqlens=case.seqlen_k if table is not None and used is None else used,
+        leftpad_k=i.lengths["leftpad_k"], block_table=table, causal=case.causal, window=case.window,
+        num_splits=case.num_splits, return_lse=True, **options,
+    )  # fmt: skip
+
+
+def widened(x: Tensor | None, case: Any, table: Tensor) -> Tensor | None:
+    """A mask, bias or ids of keys as wide as the pages of a sequence."""
+    wide = table.shape[1] * case.page_size
+    return x if x is None or x.shape[-1] == 1 else F.pad(x, (0, wide - x.shape[-1]))

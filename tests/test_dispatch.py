@@ -108,8 +108,27 @@ def test_explain_names_what_runs_and_every_reason(capsys: pytest.CaptureFixture[
     assert "runs nothing" in capsys.readouterr().out
     fastattn.explain()
     assert "cpu        available" in capsys.readouterr().out
-    with pytest.raises(TypeError, match="together"):
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'key' and 'value'"):
         fastattn.explain(Q)
+
+
+def test_explain_tells_of_any_function_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, cu = torch.randn(7, 2, 8, requires_grad=True), torch.tensor([0, 5, 7], dtype=torch.int32)
+    fastattn.explain(fastattn.attention_varlen, rows, rows, rows, cu, causal=True, softcap=2.0)
+    text = capsys.readouterr().out
+    assert "batch 2" in text and "packed sequences (7 queries, 7 keys)" in text and "forward and backward" in text
+    cache = torch.zeros(1, 2, 9, 8)
+    held = torch.tensor([3])
+    fastattn.explain(fastattn.attention_with_kv_cache, Q, cache, cache, Q, Q, cache_seqlens=held, window=(4, 0))
+    text = capsys.readouterr().out
+    assert "keys 9" in text and "seqused_k" in text and "window (4, 0)" in text and "cpu        RUNS: " in text
+    assert not cache.any()
+    fastattn.explain(fastattn.MultiHeadAttention(8, 2, dropout=0.1), Q[0], Q[0], Q[0], need_weights=False)
+    assert "dropout 0.1" in capsys.readouterr().out
+    fastattn.explain(torch.nn.Linear(8, 8), Q)
+    assert "no attention call" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="room for 9 keys"):
+        fastattn.explain(fastattn.attention_with_kv_cache, Q, cache, cache, Q, Q, cache_seqlens=8)
 
 
 def test_flops_count_visible_pairs() -> None:

@@ -262,33 +262,62 @@ def test_bad_source() -> None:
 # The cache
 
 
-def test_cache_appends_in_place() -> None:
-    cache = ft.KVCache(5)
-    k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
-    cache.append(k[:, :, :3], v[:, :, :3])
-    storage = cache.key.data_ptr()
-    keys, values = cache.append(k[:, :, 3:], v[:, :, 3:])
-    assert torch.equal(keys, k) and torch.equal(values, v)
-    assert cache.length == 4 and keys.data_ptr() == storage
+def test_the_memory_is_taken_as_it_is_and_rows_move() -> None:
+    k, v, q = torch.randn(3, 2, 3, 4, 8).unbind(0)
+    memory = ft.KVCache()
+    out = memory.attend(q, k, v, causal=False)
+    assert memory.key is k and memory.value is v and memory.lengths == 4
+    assert torch.equal(memory.attend(q, causal=False), out)
+    cache, rows = ft.KVCache(5), torch.tensor([1, 1, 0])
+    cache.attend(q, k, v)
+    cache.reorder(rows)
+    assert torch.equal(cache.key[:, :, :4], k[rows]) and torch.equal(cache.value[:, :, :4], v[rows])
+    x = torch.randn(3, 3, 1, 8)
+    expected = fastattn.attention(x, *(torch.cat([y[rows], x], dim=2) for y in (k, v)), causal=True)
+    torch.testing.assert_close(cache.attend(x, x, x), expected)
+    cache.lengths = torch.tensor([4, 2, 3])  # go back, sequence by sequence
+    out = cache.attend(x, x, x)
+    for b, n in enumerate((4, 2, 3)):
+        keys, values = (torch.cat([y[rows[b], :, :n], x[b]], dim=1) for y in (k, v))
+        torch.testing.assert_close(out[b], fastattn.attention(x[b], keys, values, causal=True))
+    assert cache.lengths.tolist() == [5, 3, 4]
 
 
 def test_cache_refuses() -> None:
     x = torch.randn(2, 3, 4, 8)
     with pytest.raises(ValueError, match="at least 1"):
         ft.KVCache(0)
+    for empty in (ft.KVCache(5), ft.KVCache()):
+        with pytest.raises(ValueError, match="empty"):
+            empty.attend(x)
+        with pytest.raises(ValueError, match="empty"):
+            empty.reorder(torch.tensor([0]))
+        with pytest.raises(ValueError, match="no gradient"):
+            empty.attend(x, x.clone().requires_grad_(), x)
     cache = ft.KVCache(5)
-    with pytest.raises(RuntimeError, match="empty"):
-        cache.key  # noqa: B018
-    with pytest.raises(RuntimeError, match="inference"):
-        cache.append(x.clone().requires_grad_(), x)
-    cache.append(x, x)
+    cache.attend(x, x, x)
     with pytest.raises(ValueError, match="4 used, 4 new"):
-        cache.append(x, x)
-    with pytest.raises(ValueError, match="heads"):
-        cache.append(x[:1, :, :1], x[:1, :, :1])
-    layer = ft.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        cache.attend(x, x, x)
+    with pytest.raises(ValueError, match="like its cache"):
+        cache.attend(x[:, :, :1], x[:, :1, :1], x[:, :1, :1])
+    layer = ft.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
     with pytest.raises(ValueError, match="is_causal=True"):
         layer(torch.randn(1, 2, 8), cache=ft.KVCache(5))
     stack = ft.TransformerEncoder(layer, 2)
     with pytest.raises(ValueError, match="2 layers, 1 caches"):
         stack(torch.randn(1, 2, 8), is_causal=True, caches=[ft.KVCache(5)])
+    with pytest.raises(ValueError, match="no gradient"):
+        stack(torch.randn(1, 2, 8), is_causal=True, caches=[ft.KVCache(5), ft.KVCache(5)])
+    attention = fastattn.MultiHeadAttention(8, 2, batch_first=True).eval()
+    y = torch.randn(1, 2, 8)
+    for options, message in (
+        ({}, "need_weights must be False"),
+        ({"need_weights": False, "attn_mask": torch.zeros(2, 2)}, "no attn_mask"),
+        ({"need_weights": False, "key_padding_mask": torch.zeros(1, 2)}, "must be bool of shape"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            attention(y, y, y, cache=ft.KVCache(5), **options)
+    with pytest.raises(ValueError, match="eval"):
+        fastattn.MultiHeadAttention(8, 2, dropout=0.1)(y, y, y, cache=ft.KVCache(5), need_weights=False)
+    with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got NoneType"):
+        attention(y, None, None)

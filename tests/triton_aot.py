@@ -154,6 +154,8 @@ COUNTED = {
     "segments": (_case("segments", 64, 64, segments="batch", alibi="heads", sinks=True), LONG),
     "bias": (_case("bias", 64, 64, bias=(1, 0, 0, 0)), LONG),
     "decode": (_case("decode", 64, 64, heads_q=8, causal=True), SHORT),
+    "used": (_case("used", 64, 64, used_k=(60, 3), leftpad=(2, 0), causal=True), LONG),
+    "paged": (_case("paged", 64, 64, page_size=16, heads_q=8, causal=True, num_splits=2), SHORT),
 }
 
 

@@ -1,7 +1,7 @@
 """The reference transformer: encoder, decoder and whole models on :class:`fastattn.MultiHeadAttention`."""
 
+from fastattn.kv_cache import KVCache
 from fastattn.transformer.beam import Beams, generate_beam
-from fastattn.transformer.cache import KVCache
 from fastattn.transformer.config import TransformerConfig
 from fastattn.transformer.decoder import TransformerDecoder
 from fastattn.transformer.encoder import TransformerEncoder

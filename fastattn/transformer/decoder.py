@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastattn.transformer.cache import KVCache
+from fastattn.kv_cache import KVCache
 from fastattn.transformer.encoder import check_caches, clone_layers
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastattn.transformer.cache import KVCache
+from fastattn.kv_cache import KVCache
 
 
 def clone_layers(layer: nn.Module, num_layers: int) -> nn.ModuleList:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.kv_cache import KVCache
 from fastattn.modules import MultiHeadAttention
-from fastattn.transformer.cache import KVCache, attend_to_cache, attend_to_memory
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu}
@@ -79,13 +79,12 @@ class TransformerLayer(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool,
         cache: KVCache | None,
     ) -> Tensor:  # fmt: skip
-        if cache is not None:
-            if attn_mask is not None or not is_causal:
-                raise ValueError("a cache serves causal self-attention: pass is_causal=True and no attention mask")
-            return attend_to_cache(self.self_attn, x, cache, key_padding_mask)
+        if cache is not None and (attn_mask is not None or not is_causal):
+            raise ValueError("a cache serves causal self-attention: pass is_causal=True and no attention mask")
         out, _ = self.self_attn(
-            x, x, x, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask, is_causal=is_causal
-        )
+            x, x, x, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask, is_causal=is_causal,
+            cache=cache,
+        )  # fmt: skip
         return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -177,12 +176,12 @@ class TransformerDecoderLayer(TransformerLayer):
         self, x: Tensor, memory: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool,
         cache: KVCache | None,
     ) -> Tensor:  # fmt: skip
-        if cache is not None:
-            if attn_mask is not None or is_causal:
-                raise ValueError("a memory cache serves unmasked cross-attention: pass no memory mask")
-            return attend_to_memory(self.multihead_attn, x, memory, cache, key_padding_mask)
+        if cache is not None and (attn_mask is not None or is_causal):
+            raise ValueError("a memory cache serves unmasked cross-attention: pass no memory mask")
+        projected = cache is not None and cache.key is not None
+        keys = None if projected else memory
         out, _ = self.multihead_attn(
-            x, memory, memory, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask,
-            is_causal=is_causal,
+            x, keys, keys, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask,
+            is_causal=is_causal, cache=cache,
         )  # fmt: skip
         return out

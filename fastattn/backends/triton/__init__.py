@@ -11,6 +11,7 @@ does not use is not in its kernel, and no size but the head dims is: kernels are
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -41,6 +42,15 @@ def architecture(device: str) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+@functools.cache
+def version() -> tuple[int, ...]:
+    """Triton's version, (major, minor), without importing it; () where it does not say."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ()
+
+
 class TritonBackend:
     """The kernels of this package behind the protocol of :class:`fastattn.backends.base.Backend`."""
 
@@ -49,6 +59,8 @@ class TritonBackend:
     def unavailable_reason(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install triton)"
+        if version() and version() < (3, 6):
+            return f"triton {'.'.join(map(str, version()))}: at least 3.6"
         if not INTERPRET and not torch.cuda.is_available():
             return "no GPU (set TRITON_INTERPRET=1 before the import to interpret the kernels on the CPU)"
         return None
@@ -56,6 +68,8 @@ class TritonBackend:
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         reasons = []
         device = torch.device(spec.device)
+        if device.type == "cuda" and version() in ((3, 6), (3, 7)) and architecture(spec.device) == "sm_100":
+            reasons.append("sm_100: Triton 3.6 and 3.7 fail to compile the kernels for it; 3.8 and later do not")
         if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not INTERPRET):
             reasons.append(f"device {spec.device}: Triton kernels need a GPU, or TRITON_INTERPRET=1 before the import")
         elif device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():

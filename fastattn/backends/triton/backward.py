@@ -13,8 +13,8 @@ import triton.language as tl
 from fastattn.backends.triton.scores import LOG2E, exponential, kept, queries, scores
 from fastattn.backends.triton.sequences import (
     SIZES,
+    Extras,
     Sizes,
-    extras,
     key_tile,
     key_tiles,
     query_tiles,
@@ -157,7 +157,7 @@ def dkdv_kernel(
         batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
         slopes_step, q_segments_step, k_segments_step, pages_step,
     )  # fmt: skip
-    x = extras(x, mask, bias)
+    x = Extras(mask, bias, *x)
     tiles = tl.cdiv(sizes.seqlen_k, BLOCK_N)
     start_n = tl.program_id(0) % tiles * BLOCK_N
     line = tl.program_id(0) // tiles
@@ -260,7 +260,7 @@ def dq_kernel(
         batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
         slopes_step, q_segments_step, k_segments_step, pages_step,
     )  # fmt: skip
-    x = extras(x, mask, bias)
+    x = Extras(mask, bias, *x)
     tiles = tl.cdiv(sizes.seqlen_q, BLOCK_M)
     tile = tl.program_id(0) % tiles
     if F.HAS_HI:

@@ -9,14 +9,16 @@ from dataclasses import dataclass, fields, replace
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@dataclass(frozen=True)
-class Width:
+class Width(int):
     """A head dim as one or two powers of two, at least 16 (the least a tensor core takes): 96 = 64 + 32.
 
-    Padding it to one power of two would cost up to twice the registers, memory and products.
+    Padding it to one power of two would cost up to twice the registers, memory and products. An int, because that is
+    what Triton 3.6 hands from one compile-time constant's field to the next function as a constant.
     """
 
-    DIM: int
+    @property
+    def DIM(self) -> int:
+        return int(self)
 
     @property
     def MAIN(self) -> int:

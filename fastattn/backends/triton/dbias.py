@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fastattn.backends.triton.backward import gradient, load_statistics
 from fastattn.backends.triton.scores import kept, queries
-from fastattn.backends.triton.sequences import SIZES, Sizes, extras, key_tiles, sequence
+from fastattn.backends.triton.sequences import SIZES, Extras, Sizes, key_tiles, sequence
 from fastattn.backends.triton.tiles import Pages, at, load_keys, load_tile, matmul
 
 
@@ -25,7 +25,7 @@ def dbias_kernel(
         batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
         slopes_step, q_segments_step, k_segments_step, pages_step,
     )  # fmt: skip
-    x = extras(x, mask, bias)
+    x = Extras(mask, bias, *x)
     tiles_m = tl.cdiv(bias_m, BLOCK_M)
     tiles_n = tl.cdiv(bias_n, BLOCK_N)
     pid = tl.program_id(0)

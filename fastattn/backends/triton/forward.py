@@ -11,8 +11,8 @@ import triton.language as tl
 from fastattn.backends.triton.scores import LN2, LOG2E, exponential, kept, queries, scores
 from fastattn.backends.triton.sequences import (
     SIZES,
+    Extras,
     Sizes,
-    extras,
     key_tile,
     key_tiles,
     sequence,
@@ -108,7 +108,7 @@ def forward_kernel(
     v,  # like k, head_dim_v
     mask,  # Matrix (batch, heads_q, seqlen_q, seqlen_k) of uint8, nonzero = visible, or None
     bias,  # Matrix (batch, heads_q, seqlen_q, seqlen_k), or None
-    x,  # Extras
+    x,  # Extras without mask and bias
     out,  # Matrix (batch, heads_q, seqlen_q, head_dim_v); with SPLIT (splits, ...) of float32
     lse,  # (batch, heads_q, rows_q) of float32, contiguous; with SPLIT (2, splits, ...): maxima, and sums
     broken,  # (splits, rows of programs, tiles of FLAG_BLOCK) uint8: the tile holds NaN or inf; None if not RESTRICTED
@@ -133,7 +133,7 @@ def forward_kernel(
         batch, heads_q, group, seqlen_q, seqlen_k, rows_q, lo, hi, offset, page_size, splits, threshold,
         slopes_step, q_segments_step, k_segments_step, pages_step,
     )  # fmt: skip
-    x = extras(x, mask, bias)
+    x = Extras(mask, bias, *x)
     pack = sizes.group if F.PACK else 1
     tiles = tl.cdiv(sizes.seqlen_q * pack, BLOCK_M)
     tile = tl.program_id(0) % tiles

@@ -288,7 +288,7 @@ def _arguments(spec: AttentionSpec, t: Tensors) -> dict[str, Any]:
         "v": _matrix(t.v),
         "mask": _matrix(None if t.mask is None else t.mask.view(torch.uint8)),
         "bias": _matrix(t.bias),
-        "x": x,
+        "x": tuple(x[2:]),
         "scales": scales,
         **sizes._asdict(),
     }

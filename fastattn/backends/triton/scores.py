@@ -26,9 +26,9 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _score_rows(x, b, h, i, KIND: tl.constexpr):
+def _score_rows(x, b, h, i, FULL: tl.constexpr):
     pointers = x.data + tl.cast(b, tl.int64) * x.stride[0] + tl.cast(h, tl.int64) * x.stride[1]
-    if KIND == "full":
+    if FULL:
         pointers += i.to(tl.int64) * x.stride[2]
     return pointers
 
@@ -36,7 +36,7 @@ def _score_rows(x, b, h, i, KIND: tl.constexpr):
 @triton.jit
 def queries(b, h, i, seq, x, sizes, F: tl.constexpr):
     """The queries ``i`` of heads ``h`` (both of one shape, or ``h`` a scalar) of batch entry ``b``."""
-    slope, segment, mask, bias = None, None, None, None
+    slope, segment, mask, bias = 0, 0, 0, 0  # where a call has none: Triton 3.6 returns no None
     existing = tl.minimum(i, seq.q_len - 1)
     if F.ALIBI:
         slope = tl.load(x.slopes + tl.cast(b, tl.int64) * sizes.slopes_step + h)
@@ -45,9 +45,9 @@ def queries(b, h, i, seq, x, sizes, F: tl.constexpr):
     if F.SEGMENTS:
         segment = tl.load(x.q_segments + tl.cast(b, tl.int64) * sizes.q_segments_step + existing)
     if F.MASK != "none":
-        mask = _score_rows(x.mask, b, h, existing, F.MASK)
+        mask = _score_rows(x.mask, b, h, existing, F.MASK == "full")
     if F.BIAS != "none":
-        bias = _score_rows(x.bias, b, h, existing, F.BIAS)
+        bias = _score_rows(x.bias, b, h, existing, F.BIAS == "full")
     return Queries(i, tl.cast(b, tl.int64) * sizes.heads_q + h, slope, segment, mask, bias)
 
 

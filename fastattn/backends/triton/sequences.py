@@ -53,8 +53,7 @@ class Scales(NamedTuple):
 class Extras(NamedTuple):
     """The tensors of a call beside q, k, v; None where a call has none.
 
-    Mask and bias are kernel arguments of their own, and enter by :func:`extras`: kernels are compiled for the alignment
-    of their rows, but not of the others'.
+    Kernels take mask and bias apart from the others: they are compiled for the alignment of their rows alone.
     """
 
     mask: Any  #: Matrix of uint8, nonzero = visible
@@ -95,14 +94,6 @@ class Tiles(NamedTuple):
     full_begin: Any
     full_end: Any
     end: Any
-
-
-@triton.jit
-def extras(x, mask, bias):
-    return Extras(
-        mask, bias, x.slopes, x.sinks, x.seed, x.q_segments, x.k_segments, x.prefix,
-        x.cu_q, x.cu_k, x.used_k, x.leftpad_k, x.pages,
-    )  # fmt: skip
 
 
 @triton.jit

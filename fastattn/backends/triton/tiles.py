@@ -117,11 +117,11 @@ def load_keys(
 
 @triton.jit
 def zeros(BLOCK: tl.constexpr, D: tl.constexpr):
-    main = tl.zeros((BLOCK, D.MAIN), tl.float32)
+    main = tl.full((BLOCK, D.MAIN), 0.0, tl.float32)
     if D.TAIL == 0:
         return (main,)
     else:
-        return (main, tl.zeros((BLOCK, D.TAIL), tl.float32))
+        return (main, tl.full((BLOCK, D.TAIL), 0.0, tl.float32))
 
 
 @triton.jit
