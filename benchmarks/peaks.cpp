@@ -42,16 +42,15 @@ int64_t fma(int64_t rounds) {
 
 int64_t vdpbf16(int64_t rounds) {
 #if defined(__AVX512BF16__)
-    __m512 sum[16] = {};
+    __m512 sum[16];
+    for (int i = 0; i < 16; ++i) sum[i] = _mm512_set1_ps(static_cast<float>(i));
     const __m512bh one = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1), _mm512_set1_ps(1));
     for (int64_t k = 0; k < rounds; ++k) {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], one, one);
-        asm volatile("" : "+v"(sum[0]));  // or the compiler would see that all sums are one
     }
-    float total = 0;
-    for (int i = 0; i < 16; ++i) total += sum[i][0];
-    sink = static_cast<uint64_t>(total);
+    for (int i = 1; i < 16; ++i) sum[0] += sum[i];
+    sink = static_cast<uint64_t>(sum[0][0]);
     return rounds * 16 * 32 * 2;
 #else
     return rounds * 0;
@@ -68,8 +67,14 @@ int64_t amx(int64_t rounds) {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return 0;
     _tile_loadconfig(&config);
-    _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-    _tile_zero(4), _tile_zero(5), _tile_zero(6), _tile_zero(7);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
     for (int64_t k = 0; k < rounds; ++k) {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);

@@ -33,7 +33,8 @@ def library() -> ctypes.CDLL | str:
         command = [*compiler, "-O3", "-std=c++17", target, "-shared", "-fPIC", "-pthread", str(SOURCE), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            return f"{shlex.join(command)}: {done.stderr.strip().splitlines()[-1]}"
+            first = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+            return f"{shlex.join(command[:-3])}: {first}"
         loaded = ctypes.CDLL(str(path))
     for name in ("fma", "vdpbf16", "amx", "read"):
         getattr(loaded, f"peak_{name}").restype = ctypes.c_int64

@@ -140,7 +140,7 @@ inline Vector<C> exp(Vector<C> x) {
     [[maybe_unused]] constexpr C kLow = static_cast<C>(kLog2ELow + (kLog2E - static_cast<double>(kHigh)));
     const Vector<C> shifted = x * splat<C>(kHigh) + splat<C>(E::kRound);
     const Vector<C> n = shifted - splat<C>(E::kRound);
-#if defined(__FMA__) || defined(__aarch64__)
+#if defined(__FMA__)  // Arm has no vector instruction for a * b - c
     const Vector<C> high = x * splat<C>(kHigh) - n;
     const Vector<C> f = x * splat<C>(kLow) + high;
 #else
