@@ -125,7 +125,7 @@ struct AmxProducts {
     using T = BFloat16;
     using C = float;
     using Matrix = AmxMatrix;
-    static constexpr int64_t kRowBlock = 32, kKeyTile = 128, kUnit = 32;
+    static constexpr int64_t kRowBlock = 32, kKeyTile = 256, kUnit = 32;
     static constexpr int64_t kKeyRows = 128, kQueryColumns = 256;
     static constexpr int64_t kTile = AmxMatrix::kTile;
     using Blocks = class AmxBlocks;  // amx_forward.h
@@ -243,8 +243,19 @@ struct AmxProducts {
     }
     static constexpr int kKeyLayouts = kRows | kTransposed, kValueLayouts = kRows, kQueryLayouts = kColumns | kPanels;
 
-    // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth), passing over every zero on the
-    // left: an unseen NaN or inf in Y then has no part in the sum.
+    // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth).
+    static void accumulate(bool careful, const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y,
+                           int64_t first, C* sum) {
+        if (careful) return accumulate_carefully(left, rows, depth, y, first, sum);
+        const int64_t dim = y.padded_dim();
+        for (int64_t d = 0; d < dim; d += 32) {
+            const AmxOperand right{y.panels.get() + d * y.padded_seq() + first * 16, kTile, 16 * y.padded_seq()};
+            product(left, right, depth / 32, rows > 16, d + 16 < dim, sum + d, dim, true);
+        }
+    }
+
+private:
+    // The same, passing over every zero on the left: an unseen NaN or inf in Y then has no part in the sum.
     static void accumulate_carefully(const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y,
                                      int64_t first, C* sum) {
         for (int64_t i = 0; i < rows; ++i) {
@@ -259,18 +270,6 @@ struct AmxProducts {
                     sum[i * y.padded_dim() + d] += x * bits_to_float(uint32_t(y.panels.get()[from]) << 16);
                 }
             }
-        }
-    }
-
-private:
-    // The same by tiles, if it need not be careful.
-    static void accumulate(bool careful, const AmxOperand& left, int64_t rows, int64_t depth, const Matrix& y,
-                           int64_t first, C* sum) {
-        if (careful) return accumulate_carefully(left, rows, depth, y, first, sum);
-        const int64_t dim = y.padded_dim();
-        for (int64_t d = 0; d < dim; d += 32) {
-            const AmxOperand right{y.panels.get() + d * y.padded_seq() + first * 16, kTile, 16 * y.padded_seq()};
-            product(left, right, depth / 32, rows > 16, d + 16 < dim, sum + d, dim, true);
         }
     }
 

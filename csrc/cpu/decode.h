@@ -60,9 +60,10 @@ class Decode {
 public:
     static constexpr int64_t kMaxRows = 16;
 
-    // Whether the call is one: few query rows for a key head, many keys for a row.
+    // Whether the call is one: few query rows for a key head, many keys for a row. Otherwise packing pays.
     static bool suits(const AttentionParams& p) {
-        return p.heads_q / p.heads_k * p.seqlen_q <= kMaxRows && p.seqlen_k >= 4 * kBlock;
+        const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
+        return rows <= kMaxRows && p.seqlen_k >= (rows <= 8 ? 8 * rows : 4 * kBlock);
     }
 
     explicit Decode(const AttentionParams& params) : p_(params), scores_(params), group_(p_.heads_q / p_.heads_k) {}

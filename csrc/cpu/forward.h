@@ -29,6 +29,7 @@ public:
                     keys.careful = true;
                 }
             });
+            fetch_head(b * p_.heads_k + head_k + 1);
             const int64_t tiles = count_of(entry.seqlen_q, kQueryTile), group = p_.heads_q / p_.heads_k;
             run(tiles * group, [&](int64_t item) {
                 const int64_t tile = tiles - 1 - item / group;  // causal: the longest first
@@ -38,7 +39,7 @@ public:
     }
 
 private:
-    static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile;
+    static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = 128;
     static_assert(kQueryTile % P::kRowBlock == 0 && kKeyTile <= kMaxTileColumns, "tiles hold whole blocks");
 
     struct Keys {
@@ -54,6 +55,26 @@ private:
         typename P::Blocks pipeline;
     };
 
+    // Asks for the next head's rows while this one is computed: small heads end before hardware has seen a pattern.
+    void fetch_head(int64_t index) const {
+        const int64_t b = index / p_.heads_k, head_k = index % p_.heads_k, group = p_.heads_q / p_.heads_k;
+        if (b >= p_.batch || p_.seqlen_q > kFetchRows || p_.seqlen_k > kFetchRows || p_.page_size != 0) return;
+        const Entry e(p_, b);
+        const auto fetch = [](const Rows<T>& x, int64_t rows, int64_t dim) {
+            if (x.dim != 1) return;
+            for (int64_t i = 0; i < rows; ++i) {
+                const char* row = reinterpret_cast<const char*>(x.at(i));
+                for (int64_t at = 0; at < dim * int64_t(sizeof(T)); at += 64) __builtin_prefetch(row + at, 0, 2);
+            }
+        };
+        fetch(key_rows<T>(p_, p_.k, e, head_k), e.seqlen_k, p_.head_dim_qk);
+        fetch(key_rows<T>(p_, p_.v, e, head_k), e.seqlen_k, p_.head_dim_v);
+        for (int64_t g = 0; g < group; ++g) {
+            fetch(query_rows<T>(p_.q, e, head_k * group + g), e.seqlen_q, p_.head_dim_qk);
+            fetch(query_rows<T>(p_.out, e, head_k * group + g), e.seqlen_q, p_.head_dim_v);
+        }
+    }
+
     void query_tile(const Entry& e, int64_t h, int64_t first, const Keys& keys, Tile& tile) {
         [[maybe_unused]] const typename P::Session session;
         const int64_t rows = std::min(kQueryTile, e.seqlen_q - first), out_dim = keys.v.padded_dim();
@@ -62,7 +83,7 @@ private:
         tile.q.reserve(rows, p_.head_dim_qk, kRows);
         for (int64_t r = 0; r < rows; r += kPackRows) tile.q.pack(q, r, kRows);
         C* out = tile.out.reserve(kQueryTile * out_dim);
-        std::fill(out, out + kQueryTile * out_dim, C(0));
+        std::fill(out, out + rows * out_dim, C(0));
         tile.totals.start(rows, sink_of<C>(p_, h));
 
         const int64_t end = e.key_high(first + rows - 1);

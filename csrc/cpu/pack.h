@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "convert.h"
 #include "product.h"
@@ -136,19 +137,22 @@ struct Operand {
     bool pack(const Rows<T>& x, int64_t first, int layouts) {
         constexpr int64_t kBlock = kLanes<C>;
         const int64_t last = std::min(first + kPackRows, padded_seq()), padded = padded_dim();
-        C* block = scratch<Buffer<C>>().reserve(kBlock * (kMaxHeadDim + kLanes<C>));
+        C* copy = scratch<Buffer<C>>().reserve(kBlock * (kMaxHeadDim + kLanes<C>));
         typename Exp2<C>::Integer non_finite = 0;
         for (int64_t i = first; i < last; i += kBlock) {
-            for (int64_t r = 0; r < kBlock; ++r) {
-                C* row = block + r * padded;
-                if (i + r < seq) {
-                    read_row(x.at(i + r), x.dim, dim, row);
-                    std::fill(row + dim, row + padded, C(0));
-                    for (int64_t d = 0; d < dim; ++d) non_finite |= is_non_finite(row[d]);
-                    if (layouts & (kRows | kTransposed)) std::copy(row, row + dim, rows.get() + (i + r) * dim);
-                } else {
-                    std::fill(row, row + padded, C(0));
+            const C* block = copy;
+            int64_t stride = padded;
+            if constexpr (std::is_same_v<T, C>) {  // read where they lie, if they are whole
+                if (x.dim == 1 && x.pages == nullptr && dim == padded && i + kBlock <= seq) {
+                    block = x.at(i), stride = x.row;
                 }
+            }
+            if (block == copy) read_block(x, i, copy);
+            for (int64_t r = 0; r < kBlock; ++r) {
+                const C* row = block + r * stride;
+                for (int64_t d = 0; d < dim; ++d) non_finite |= is_non_finite(row[d]);
+                if (i + r < seq && layouts & (kRows | kTransposed))
+                    std::copy(row, row + dim, rows.get() + (i + r) * dim);
                 if (layouts & kPanels) {
                     for (int64_t d = 0; d < padded; d += kPanel<C>) {
                         const int64_t w = width(d, padded);
@@ -160,13 +164,26 @@ struct Operand {
                 const int64_t panel = panel_of(i), w = width(panel, padded_seq());
                 C* to = columns.get() + panel * dim + (i - panel);
                 int64_t d = 0;
-                for (; d + kBlock <= dim; d += kBlock) transpose_square(block + d, padded, to + d * w, w);
+                for (; d + kBlock <= dim; d += kBlock) transpose_square(block + d, stride, to + d * w, w);
                 for (; d < dim; ++d) {
-                    for (int64_t r = 0; r < kBlock; ++r) to[d * w + r] = block[r * padded + d];
+                    for (int64_t r = 0; r < kBlock; ++r) to[d * w + r] = block[r * stride + d];
                 }
             }
         }
         return non_finite != 0;
+    }
+
+private:
+    // kLanes rows from row i on, in the compute type, padded with 0.
+    template <typename T>
+    void read_block(const Rows<T>& x, int64_t i, C* block) const {
+        const int64_t padded = padded_dim();
+        for (int64_t r = 0; r < kLanes<C>; ++r) {
+            C* row = block + r * padded;
+            const int64_t n = i + r < seq ? dim : 0;
+            if (n > 0) read_row(x.at(i + r), x.dim, n, row);
+            std::fill(row + n, row + padded, C(0));
+        }
     }
 };
 

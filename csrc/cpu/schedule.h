@@ -21,11 +21,14 @@ void for_each_key_head(const AttentionParams& p, bool in_order, const Head& head
                         static_cast<double>(p.seqlen_k) * static_cast<double>(p.head_dim_qk + p.head_dim_v);
     const bool one_thread_each = threads == 1 || heads >= 8 * threads || (heads >= threads && work < 4e6);
     if (one_thread_each && !in_order) {
-        parallel_for(threads, heads, [&](int64_t index, int64_t) {
+        const int64_t some = heads >= 64 * threads ? 8 : 1;  // neighbours go to one thread, which may fetch ahead
+        parallel_for(threads, count_of(heads, some), [&](int64_t item, int64_t) {
             const Run run = [](int64_t count, const std::function<void(int64_t)>& piece) {
-                for (int64_t item = 0; item < count; ++item) piece(item);
+                for (int64_t i = 0; i < count; ++i) piece(i);
             };
-            head(index / p.heads_k, index % p.heads_k, scratch<Workspace>(), run);
+            for (int64_t index = item * some; index < std::min(heads, (item + 1) * some); ++index) {
+                head(index / p.heads_k, index % p.heads_k, scratch<Workspace>(), run);
+            }
         });
     } else {
         Workspace& workspace = scratch<Workspace>();
