@@ -57,6 +57,7 @@ gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
 	$(MAKE) VENV=.venv-gpu VENV_FLAGS=--system-site-packages TORCH=installed .venv-gpu/installed-$(notdir $(PYTHON))-torchinstalled
 	-.venv-gpu/bin/python -m tests.cuda_emulation.record
+	-.venv-gpu/bin/python -m tests.cuda_emulation.sanitize
 	.venv-gpu/bin/python -m pytest $(PYTEST_FLAGS)
 	.venv-gpu/bin/python -m benchmarks $(if $(TEXT),--text '$(TEXT)')
 	.venv-gpu/bin/python -m benchmarks cuda

@@ -15,9 +15,11 @@ pytest.importorskip("ninja")
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-from tests.cuda_emulation import mutate, record
+from tests.cases import CASES
+from tests.cuda_emulation import mutate, record, sanitize
 from tests.cuda_emulation import probe as probing
 from tests.cuda_emulation.backend import Emulator, emulated_backend
+from tests.cuda_emulation.build import ROOT
 from tests.cuda_emulation.probe import Probe
 
 PROBES = probing.probes()
@@ -170,5 +172,33 @@ def test_mutants_change_one_place() -> None:
 
 
 def test_survivors_have_reasons() -> None:
+    """And are mutants of the sources as they stand."""
     survivors = mutate.known_survivors()
     assert survivors and all(survivors.values())
+    paths = {key.split(": ", 1)[0] for key in survivors}
+    keys = {m.key for path in paths for m in mutate.mutants(path, (ROOT / "csrc" / path).read_text())}
+    assert not set(survivors) - keys
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "errors", "clean"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, 0, True),
+        ("========= ERROR SUMMARY: 1 error", sanitize.ERROR, 1, False),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, 0, True),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", sanitize.ERROR, 3, False),
+        ("========= ERROR SUMMARY: 0 errors", 1, 0, False),  # the program itself failed
+        ("Killed", 137, None, False),
+    ],
+)
+def test_what_the_sanitizer_says(said: str, code: int, errors: int | None, clean: bool, tmp_path: Path) -> None:
+    """A row is clean only where the tool says so and the program ended well; a tool in the place of NVIDIA's."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+    tool.chmod(0o755)
+    row = sanitize.watch(str(tool), "memcheck", torch.float16, ["plain"])
+    assert row["errors"] == errors and bool(row["said"]) != clean
+
+
+def test_sanitizer_cases_exist() -> None:
+    assert set(sanitize.NAMES.split()) <= {case.name for case in CASES}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import NamedTuple, Protocol
 
 import torch
@@ -63,11 +62,6 @@ class Backend(Protocol):
 
         Sinks need nothing here: they are in ``lse``, and their gradient is taken from it (``ops.sinks_gradient``).
         """
-
-
-def not_yet(spec: AttentionSpec, implemented: Container[str] = ()) -> list[str]:
-    """The reasons of a backend that has these of ``AttentionSpec.features()`` and no others."""
-    return [f"{feature}: not yet" for feature in spec.features() if feature not in implemented]
 
 
 def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:

@@ -29,6 +29,7 @@ from fastattn.backends import cuda
 from tests.cases import CASES, Inputs
 from tests.cuda_emulation.backend import EmulatedBackend, Emulator
 from tests.cuda_emulation.build import HERE, ROOT, build, load
+from tests.cuda_emulation.shapes import SHAPES
 from tests.tolerance import assert_close_to_oracle
 
 SURVIVORS = HERE / "survivors.txt"
@@ -111,12 +112,29 @@ def known_survivors() -> dict[str, str]:
     return found
 
 
+def check_containment(dtype: torch.dtype) -> None:
+    """NaN in keys that no query sees changes nothing; some warps have no row that could tell them of it."""
+    generator = torch.Generator().manual_seed(0)
+    q, grad, k, v = (torch.randn(1, 2, n, 32, generator=generator).to(dtype) for n in (20, 20, 70, 70))
+    mask = torch.arange(70)[None, None, None] < 66
+    for options in ({"mask": mask}, {"causal": True, "offset": 46}):
+        outcomes = []
+        for poison in (0.0, torch.nan):
+            keys, values = (torch.where(mask[0, 0, 0, :, None], x, poison) for x in (k, v))
+            leaves = [x.clone().requires_grad_() for x in (q, keys, values)]
+            out = fastattn.attention(*leaves, **options, backend="cuda")  # type: ignore[arg-type]
+            outcomes.append([out, *torch.autograd.grad(out, leaves, grad)])
+        for clean, poisoned in zip(*outcomes, strict=True):
+            assert torch.equal(clean, poisoned), "NaN of invisible keys got through"
+
+
 class Trial:
     """The cases with their expected results, and a child process for each mutant that runs them."""
 
-    def __init__(self, names: list[str], dtype: torch.dtype) -> None:
+    def __init__(self, names: list[str], dtype: torch.dtype, contains: bool) -> None:
+        self.dtype, self.contains = dtype, contains
         self.cases: list[tuple[str, Inputs, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
-        for case in CASES:
+        for case in [*CASES, *SHAPES]:
             if case.name in names:
                 inputs = case.make(dtype)
                 self.cases.append((case.name, inputs, inputs.naive(), inputs.oracle()))
@@ -133,6 +151,8 @@ class Trial:
             for name, inputs, naive, oracle in self.cases:
                 for key, value in inputs.run(fastattn.attention, backend="cuda").items():
                     assert_close_to_oracle(value, naive[key], oracle[key], f"{name} {key}, seed {seed}")
+            if self.contains:
+                check_containment(self.dtype)
 
     def notice(self, library: Path) -> str | None:
         """What goes wrong, or None."""
@@ -171,10 +191,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=CASE_NAMES.split())
     parser.add_argument("--sample", type=int, default=1, metavar="N")
     parser.add_argument("--synchronisation", action="store_true", help="only drop and weaken synchronisation")
+    parser.add_argument("--contains", action="store_true", help="also NaN in invisible keys, masked and causal")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
-    trial = Trial(options.cases, getattr(torch, options.dtype))
+    trial = Trial(options.cases, getattr(torch, options.dtype), options.contains)
     known, results, unknown = known_survivors(), Counter[str](), []
     with tempfile.TemporaryDirectory() as scratch:
         csrc, folder = Path(scratch) / "csrc", Path(scratch) / "build"

@@ -10,7 +10,7 @@ namespace fastattn::cuda::simt {
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& params, void* stream);
 
-// head_dim_qk and head_dim_v are at most kHeadDim. workspace: delta (batch, heads_q, seqlen_q) float, contiguous.
+// head_dim_qk and head_dim_v are at most kHeadDim. workspace: delta (batches_q, heads_q, rows_q) float, see band.h.
 template <typename T, int kHeadDim>
 void backward(const AttentionParams& params, void* stream);
 

@@ -8,8 +8,8 @@ namespace fastattn::cuda::sm80 {
 
 // T: Half or BFloat16. kHeadDim holds head_dim_qk and head_dim_v.
 
-// kHeadDim: 32, 64, 96, 128, 192, 256. No mask, bias or dropout, softmax_scale > 0, q, k, v and out in chunks of 16
-// bytes.
+// kHeadDim: 32, 64, 96, 128, 192, 256. Windows and packed sequences alone; softmax_scale > 0, q, k, v and out in chunks
+// of 16 bytes.
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& params, void* stream);
 

@@ -1,0 +1,34 @@
+"""Calls that between them reach every kernel of the CUDA backend and every row of its tables of tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.cases import Case
+
+
+def shape(name: str, dim: int, seqlen_q: int, seqlen_k: int, **options: Any) -> Case:
+    sizes = {"batch": 1, "heads_q": 1, "heads_k": 1, "head_dim_qk": dim, "head_dim_v": dim}
+    return Case(name, seqlen_q=seqlen_q, seqlen_k=seqlen_k, **{**sizes, **options})
+
+
+# Every bucket of head dimensions of every kernel: more key tiles than stages, a key more and a key less than whole
+# tiles, fewer keys than queries. "general": the kernels that look at single entries.
+RULES = {"softcap": 2.0, "dropout_p": 0.2, "mask": (1, 1, 0, 0), "alibi": "heads"}
+SHAPES = [
+    shape("d32", 32, 130, 257, causal=True),
+    shape("d64", 64, 70, 319, heads_q=2, window=(90, 20)),
+    shape("d96", 96, 140, 70, head_dim_v=88, causal=True),
+    shape("d128", 128, 70, 193),
+    shape("d192", 192, 70, 95, head_dim_v=128, causal=True),
+    shape("d256", 256, 70, 97, causal=True),
+    shape("general_64", 64, 70, 133, **RULES),
+    shape("general_128", 128, 33, 130, causal=True, **RULES),
+    shape("general_256", 256, 33, 66, **RULES),
+    shape("decode", 64, 3, 590, heads_q=6, heads_k=2, causal=True),
+]
+SIMT_SHAPES = [
+    shape("d64", 64, 70, 130, causal=True),
+    shape("d128", 128, 33, 65, bias=(0, 0, 1, 0), **RULES),
+    shape("d256", 256, 33, 65, causal=True),
+]
