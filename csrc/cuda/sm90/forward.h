@@ -79,7 +79,10 @@ struct Forward {
         for (int turn = 0; work.get(p, band, turn); ++turn) {
             const int count = work.tiles.count();
             if (turn > 0) mbarrier_wait(q_empty(), (turn - 1) & 1);
-            if (count == 0) continue;
+            if (count == 0) {  // or those who compute would be more than a turn ahead, and q_empty's parity ambiguous
+                mbarrier_arrive(q_full());
+                continue;
+            }
             mbarrier_arrive_expect_tx(q_full(), Queries::kBytes);
             Queries::load(q, arguments.q, q_full(), work.i0, work.h, work.b);
             for (int n = 0; n <= count; ++n) {
@@ -97,7 +100,6 @@ struct Forward {
     FASTATTN_DEVICE void consume() const {
         const int group = thread_index() / 128 - 1;
         RingPlace<kStages> k_place, v_place;
-        uint32_t q_parity = 0;
         TileWork work;
         if (kTile.ping_pong && group == kConsumers - 1) pass_turn(group);  // the first has the first turn
         int turn = 0;
@@ -106,11 +108,8 @@ struct Forward {
             float out[kHeadDimV / 2];
 #pragma unroll
             for (float& x : out) x = 0.f;
-            if (work.tiles.count() > 0) {
-                mbarrier_wait(q_full(), q_parity);
-                q_parity ^= 1;
-                attend(work, group, softmax, out, k_place, v_place);
-            }
+            mbarrier_wait(q_full(), turn & 1);
+            if (work.tiles.count() > 0) attend(work, group, softmax, out, k_place, v_place);
             finish(work, group, softmax, out);
         }
         if (kTile.ping_pong && group == 0) wait_turn(group);  // no barrier is left half full
