@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastattn
 from fastattn.compat import flash_attn as fa
 from fastattn.compat.varlen import varlen_attn
+from tests.tolerance import assert_close_to_oracle
 
 STEPS = (5, 1, 1, 4, 1)
 
@@ -195,46 +197,79 @@ def test_caches_have_no_gradient() -> None:
     assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
 
 
-def test_compiled_varlen_with_changing_lengths() -> None:
-    def step(x: Tensor, cu: Tensor, longest: int) -> Tensor:
-        return fastattn.attention_varlen(x, x, x, cu, None, longest, causal=True, softcap=2.0).tanh()
+def assert_compiled_once(step: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> None:
+    """The compiled ``step`` gives what the eager one does, and changing sizes and lengths compile nothing again.
 
+    Tensors that ask for a gradient are compared by theirs, others by what has become of them. (Sizes that are equal in
+    the first call are taken for one and the same, so first calls have different ones.)
+    """
     torch._dynamo.reset()
     counter, first = CompileCounterWithBackend("aot_eager"), 0
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    for lengths in ((5, 9), (17, 3), (30, 11), (8, 40)):
-        cu = torch.tensor([0, *lengths]).cumsum(0).int()
-        grads = []
+    for call in calls:
+        results = []
         for function in (step, compiled):
-            x = torch.arange(sum(lengths) * 16.0).sin().view(-1, 2, 8).requires_grad_()
-            out = function(x, cu, max(lengths))
-            grads.append([out, *torch.autograd.grad(out.sum(), x)])
-        for eager, traced in zip(*grads, strict=True):
+            own = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in call]
+            leaves = [x for x in own if isinstance(x, Tensor) and x.requires_grad]
+            torch.manual_seed(0)
+            out = function(*own)
+            results.append([out, *(torch.autograd.grad(out.sum(), leaves) if leaves else own)])
+        for eager, traced in zip(*results, strict=True):
             torch.testing.assert_close(eager, traced)
-        first = first or counter.frame_count
-    assert counter.frame_count == first  # lengths are data: nothing is compiled again for them
-
-
-def test_compiled_cache_with_changing_lengths() -> None:
-    def step(q: Tensor, k: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-        return fastattn.attention_with_kv_cache(q, cache, cache, k, k, cache_seqlens=lengths, causal=True)
-
-    torch._dynamo.reset()
-    counter, first = CompileCounterWithBackend("aot_eager"), 0
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    caches = [CACHE.clone(), CACHE.clone()]
-    for n in (0, 3, 6):
-        lengths = torch.tensor([n, n + 1], dtype=torch.int32)
-        eager, traced = (f(Q, NEW, c, lengths) for f, c in zip((step, compiled), caches, strict=True))
-        torch.testing.assert_close(eager, traced)
-        assert torch.equal(*caches)
         first = first or counter.frame_count
     assert counter.frame_count == first
 
 
+def test_compiled_varlen_with_changing_lengths() -> None:
+    def step(x: Tensor, cu: Tensor, longest: int, ids: Tensor, used: Tensor) -> Tensor:
+        options = {"causal": True, "softcap": 2.0, "dropout_p": 0.3, "q_segments": ids, "seqused_k": used}
+        return fastattn.attention_varlen(x, x, x, cu, None, longest, **options).tanh()
+
+    def calls() -> Iterator[tuple[Any, ...]]:
+        for lengths in ((5, 9, 6), (17, 3), (30, 0, 11, 6), (8, 40)):
+            x = torch.randn(sum(lengths), 2, 8, requires_grad=True)
+            cu = torch.tensor([0, *lengths]).cumsum(0).int()
+            ids, used = torch.randint(0, 2, (sum(lengths),)), torch.tensor([max(n - 1, 0) for n in lengths])
+            yield x, cu, max(lengths), ids, used
+
+    assert_compiled_once(step, calls())
+
+
+def test_compiled_cache_with_changing_lengths() -> None:
+    def step(q: Tensor, k: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        return fastattn.attention_with_kv_cache(q, keys, values, k, k, cache_seqlens=lengths, causal=True)
+
+    assert_compiled_once(step, ((Q, NEW, CACHE, CACHE, torch.tensor([n, n + 1]).int()) for n in (0, 3, 6)))
+
+
+def test_compiled_pages_with_changing_lengths() -> None:
+    def step(q: Tensor, k: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+        return fastattn.attention_with_kv_cache(
+            q, keys, values, k, k, cache_seqlens=lengths, causal=True, block_table=table, leftpad_k=lengths // 2,
+            rotary_cos=ANGLES.cos(), rotary_sin=ANGLES.sin(),
+        )  # fmt: skip
+
+    def calls() -> Iterator[tuple[Any, ...]]:
+        for n, pages in ((0, 5), (3, 5), (6, 6), (9, 7)):
+            table = torch.randperm(16)[: 2 * pages].view(2, pages).int()
+            store = torch.randn(16, 2, 4, 8)
+            yield Q, NEW, store, store, torch.tensor([n, n // 2]).int(), table
+
+    assert_compiled_once(step, calls())
+
+
+ANGLES = torch.randn(30, 3)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gemma2"])
-def test_transformers(kind: str) -> None:
+def test_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny random model: fastattn against transformers' own eager attention, padding, sinks, windows, softcap."""
+    softmax = torch.nn.functional.softmax  # which eager attention takes in float32, of float64 too
+
+    def wide(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return softmax(x, dim, dtype=None if x.dtype is torch.float64 else dtype, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide)
     transformers = pytest.importorskip("transformers", minversion="5")
     from fastattn.compat.transformers import register
 
@@ -253,13 +288,18 @@ def test_transformers(kind: str) -> None:
     ids, seen = torch.randint(3, 40, (2, 11)), torch.ones(2, 11, dtype=torch.long)
     seen[1, :5] = 0
     torch.manual_seed(0)
-    logits = []
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for implementation in ("eager", "fastattn"):
-        model.set_attn_implementation(implementation)
+    model.set_experts_implementation("eager") if kind == "gpt_oss" else None
+    found: dict[str, list[Tensor]] = {}
+    for name, implementation, dtype in (
+        ("oracle", "eager", torch.float64),
+        ("naive", "eager", torch.float32),
+        ("ours", "fastattn", torch.float32),
+    ):
+        model.to(dtype).set_attn_implementation(implementation)
         for mask in (None, seen):
             with torch.no_grad():
                 out = model(input_ids=ids, attention_mask=mask).logits
-            logits.append(out if mask is None else out[seen.bool()])
-    for eager, ours in zip(logits[:2], logits[2:], strict=True):
-        torch.testing.assert_close(eager, ours, rtol=1e-4, atol=1e-5)
+            found.setdefault(name, []).append(out if mask is None else out[seen.bool()])
+    for ours, naive, oracle in zip(found["ours"], found["naive"], found["oracle"], strict=True):
+        assert_close_to_oracle(ours, naive, oracle)

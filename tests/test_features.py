@@ -50,6 +50,7 @@ def drawn_cases(draw: st.DrawFn, largest: int) -> Case:
         "softcap": draw(st.sampled_from([0.0, 1.5])),
         "alibi": draw(st.sampled_from(["", "heads", "batch"])),
         "sinks": draw(st.booleans()),
+        "sinks_dtype": draw(st.sampled_from([None, torch.float32])),
         "segments": draw(st.sampled_from(["", "shared", "batch"])),
         "num_splits": draw(st.sampled_from([0, 2])),
     }

@@ -21,7 +21,15 @@ from tests.cases import CASES, Case, Inputs
 BY_NAME = {case.name: case for case in CASES}
 FEATURES = ["plain", "causal_bottom_right", "mask_blind_rows", "bias_shared_heads", "dropout_bias", "layout_bshd"]
 SHAPED = ["sinks_dropout_softcap", "alibi_batch_causal_gqa", "prefix_segments_mask", "used_causal_sinks"]
-PACKED = ["packed_softcap_alibi_sinks", "packed_used", "packed_dropout_bias", "packed_prefix_segments"]
+PACKED = [
+    "many_packed_used",
+    "packed_softcap_alibi_sinks",
+    "packed_used",
+    "packed_dropout_bias",
+    "packed_prefix_segments",
+]
+
+MANY = ["many_packed_used", "many_used", "many_split_pages"]
 
 
 def operands(i: Inputs, backend: str) -> tuple[Arguments, list[Tensor]]:
@@ -33,7 +41,7 @@ def operands(i: Inputs, backend: str) -> tuple[Arguments, list[Tensor]]:
     return ragged.arguments(i, q, k, v, **common), [x for x in (q, k, v, bias, sinks) if x is not None]
 
 
-@pytest.mark.parametrize("name", [*FEATURES, *SHAPED, *PACKED, "paged_packed"])
+@pytest.mark.parametrize("name", [*FEATURES, *SHAPED, *PACKED, *MANY, "paged_packed"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck(backend: str, name: str) -> None:
     i = BY_NAME[name].make(torch.float32)
