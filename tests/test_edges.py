@@ -207,6 +207,20 @@ def test_rows_of_finfo_min_and_infinite_bias(backend: str, lengths: tuple[int, i
     assert torch.equal(out[:, :, 4:], expected[:, :, 4:])
 
 
+def test_gradients_and_weights_of_a_row_of_finfo_min() -> None:
+    """Those of the mean. Kernels, which have only lse, lose the number of keys: see docs/architecture.md."""
+    q, k, v = t(1, 2, 5, 8), t(1, 2, 6, 8), t(1, 2, 6, 8)
+    bias = torch.full((5, 6), torch.finfo(torch.float32).min)
+    weights = torch.full((1, 2, 5, 6), 1 / 6)
+    out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True)
+    assert torch.allclose(fastattn.attention_weights(q, k, lse, bias=bias), weights)
+    module = fastattn.MultiHeadAttention(8, 2, batch_first=True)
+    assert torch.allclose(module(q[0], k[0], v[0], attn_mask=bias)[1], weights[0])
+    v.requires_grad_()
+    out = fastattn.attention(q, k, v, bias=bias, backend="reference")
+    assert torch.allclose(torch.autograd.grad(out.sum(), v)[0], torch.full_like(v, 5 / 6))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [3, 70, 300])
 def test_a_nan_query_stays_in_its_row(backend: str, length: int) -> None:
