@@ -27,6 +27,8 @@ Q, K, V = t(2, 4, 5, 8), t(2, 4, 6, 8), t(2, 4, 6, 8)
 K2 = t(2, 2, 6, 8)
 MASK = torch.ones(5, 6, dtype=torch.bool)
 STRIDED = torch.nested.nested_tensor(list(Q))
+ROTARY = {"rotary_cos": t(6, 2), "rotary_sin": t(6, 2)}
+cached = fastattn.attention_with_kv_cache
 weights, statistics, reference = (
     fastattn.attention_weights,
     fastattn.attention_statistics,
@@ -125,6 +127,26 @@ BAD: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], type[Exception], str]
     ("weights_lse_int", weights, (Q, K, t(2, 4, 5).int()), {}, TypeError, "lse must be .*got torch.int32"),
     ("statistics_lse", statistics, (Q, K, t(1, 4, 5)), {}, ValueError, r"lse must have shape .*got \(1, 4, 5\)"),
     ("statistics_block", statistics, (Q, K, t(2, 4, 5)), {"block": 0}, ValueError, "block must be at least 1, got 0"),
+    ("cache_short", cached, (Q, K, V), {"cache_seqlens": 7}, ValueError, "cache_seqlens must be at most 6.*got 7"),
+    ("cache_key", cached, (Q, K, V, [1], V), {"cache_seqlens": 1}, TypeError, "key must be a torch.Tensor .*got list"),
+    (
+        "rotary_list",
+        cached,
+        (Q, K, V),
+        {"rotary_cos": [1], "rotary_sin": [1]},
+        ValueError,
+        "must both be given, as ten",
+    ),
+    ("rotary_short", cached, (Q, K, V), ROTARY, ValueError, "rotary_cos and rotary_sin have 6 positions, 7 are needed"),
+    ("unpad_list", fastattn.unpad, ([1], MASK), {}, TypeError, "x must be a torch.Tensor .*got list"),
+    (
+        "pad_rows",
+        fastattn.pad,
+        (t(7, 2), fastattn.unpad(t(5, 6), ~MASK)),
+        {},
+        ValueError,
+        r"30 rows.*got shape \(7, 2\)",
+    ),
     ("reference_rank", reference, (Q[0], K[0], V[0]), {}, ValueError, r"must be \(batch, .*query \(4, 5, 8\)"),
     ("reference_dtypes", reference, (Q, K.half(), V), {}, TypeError, "share one dtype.*key float16"),
     ("reference_mask", reference, (Q, K, V), {"mask": MASK[:4]}, ValueError, r"mask must broadcast to \(2, 4, 5, 6\)"),
