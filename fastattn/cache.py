@@ -181,13 +181,20 @@ def _lengths(
     if isinstance(cache_seqlens, Tensor):
         check_integers("cache_seqlens", cache_seqlens, q, (batch,))
         return cache_seqlens.expand(batch)
-    return check_length("cache_seqlens", cache_seqlens)
+    if check_length("cache_seqlens", cache_seqlens) > capacity:
+        raise ValueError(
+            f"cache_seqlens must be at most {capacity}, the keys that the cache holds, got {cache_seqlens}"
+        )
+    return cache_seqlens
 
 
 def _check_new(q: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor | None, value: Tensor | None) -> None:
     if key is None or value is None:
         raise ValueError("key and value are appended together; got one of them")
     for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a torch.Tensor (batch, heads_k, seq_new, head_dim), got {got}")
         expected = (q.shape[0], cache.shape[1], key.shape[2], cache.shape[3])
         if tuple(x.shape) != expected or x.dtype != cache.dtype or x.device != cache.device:
             raise ValueError(
@@ -217,8 +224,15 @@ def _rotate(
     interleaved: bool,
     moves: object,
 ) -> tuple[Tensor, Tensor | None]:
-    if cos is None or sin is None or cos.dim() != 2 or cos.shape != sin.shape:
-        raise ValueError("rotary_cos and rotary_sin must both be given, in one shape (positions, rotary_dim / 2)")
+    tables = isinstance(cos, Tensor) and isinstance(sin, Tensor)
+    if cos is None or sin is None or not tables or cos.dim() != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            "rotary_cos and rotary_sin must both be given, as tensors of one shape (positions, rotary_dim / 2)"
+        )
+    if not isinstance(lengths, Tensor):
+        needed = lengths + max(q.shape[2] if moves else 1, 0 if k is None else k.shape[2])
+        if needed > cos.shape[0]:
+            raise ValueError(f"rotary_cos and rotary_sin have {cos.shape[0]} positions, {needed} are needed")
     start = lengths[:, None].long() if isinstance(lengths, Tensor) else lengths
 
     def at(count: int, step: int) -> tuple[Tensor, Tensor]:

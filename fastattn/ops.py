@@ -253,11 +253,18 @@ def transforming() -> bool:
 
 
 def _record(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
-    """``function.apply``; under torch.func, which hands its levels to autograd one by one, for the one at hand."""
+    """``function.apply``; under torch.func, which hands its levels to autograd one by one, for the one at hand.
+
+    It is that of the base class: ``torch.autograd.Function``'s own looks for torch.func first, a tenth of a small call.
+    """
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     if not transforming():
-        return function.apply(*arguments)
+        return apply(*arguments)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return apply(*arguments)
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -268,7 +275,7 @@ def _levels() -> Iterator[None]:
 
 def _enclosing_levels() -> AbstractContextManager[None]:
     """Within a Function's forward, where nothing is recorded: let the levels of torch.func around this one record."""
-    return _levels() if transforming() else nullcontext()
+    return _levels() if transforming() else _NOTHING
 
 
 def _refuse_tangents(arguments: Sequence[Any]) -> None:

@@ -172,6 +172,9 @@ def unpad(x: Tensor, key_padding_mask: Tensor) -> Unpadded:
         >>> out = fastattn.attention_varlen(q, k, v, u.cu_seqlens, max_seqlen_q=u.max_seqlen)
         >>> y = fastattn.pad(out.flatten(1), u)
     """
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a torch.Tensor (batch, seq, ...), got {got}")
     if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype is not torch.bool:
         raise TypeError("key_padding_mask must be a boolean tensor, True = padding")
     if key_padding_mask.shape != x.shape[:2]:
@@ -189,6 +192,8 @@ def unpad(x: Tensor, key_padding_mask: Tensor) -> Unpadded:
 def pad(values: Tensor, like: Unpadded) -> Tensor:
     """``(total, ...)`` back to ``(batch, seq, ...)``, with 0 where :func:`unpad` found padding."""
     batch, seq = like.shape
+    if values.shape[:1] != like.indices.shape:
+        raise ValueError(f"values must have the {like.indices.shape[0]} rows of unpad, got shape {tuple(values.shape)}")
     padded = values.new_zeros((batch * seq, *values.shape[1:]))
     return padded.index_copy(0, like.indices, values).unflatten(0, (batch, seq))
 

@@ -176,10 +176,15 @@ def softmax(s: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return p / total, torch.where(nothing, -math.inf, top + total.log()).squeeze(-1)
 
 
-def weights_from_lse(s: Tensor, lse: Tensor) -> Tensor:
-    """``exp(s - lse)``: the softmax of the scores; 0 in rows that see nothing."""
-    lse = torch.where(lse == -math.inf, 0, lse)
-    return (s - lse.unsqueeze(-1).to(s.dtype)).exp()
+def weights_from_lse(s: Tensor, lse: Tensor, biased: bool = False) -> Tensor:
+    """``exp(s - lse)``: the softmax of the scores; 0 in rows that see nothing.
+
+    With a bias there may be rows of finfo.min alone, in whose lse the logarithm of the sum is lost: they are divided
+    by their sum.
+    """
+    lse = torch.where(lse == -math.inf, 0, lse).unsqueeze(-1)
+    p = (s - lse.to(s.dtype)).exp()
+    return p / torch.where(lse.abs() * torch.finfo(lse.dtype).eps > 1, p.sum(-1, keepdim=True), 1) if biased else p
 
 
 def diagonals(

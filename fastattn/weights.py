@@ -48,7 +48,7 @@ def _block(a: Arguments, lse: Tensor, rows: slice, heads: slice = slice(None)) -
     with torch.autocast(t.q.device.type, enabled=False):
         q, k = t.q[:, heads, rows].to(wide), reference.repeat_heads(t.k.to(wide), t.q.shape[1])[:, heads]
         s = reference.scores(q, k, visible, bias, scale, softcap, slopes, diagonal + start)
-        return reference.weights_from_lse(s, lse.reshape(t.q.shape[:3])[:, heads, rows])
+        return reference.weights_from_lse(s, lse.reshape(t.q.shape[:3])[:, heads, rows], bias is not None)
 
 
 def _check_lse(lse: Tensor, query: Tensor, a: Arguments, batch: tuple[int, ...]) -> None:

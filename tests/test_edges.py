@@ -27,6 +27,8 @@ Q, K, V = t(2, 4, 5, 8), t(2, 4, 6, 8), t(2, 4, 6, 8)
 K2 = t(2, 2, 6, 8)
 MASK = torch.ones(5, 6, dtype=torch.bool)
 STRIDED = torch.nested.nested_tensor(list(Q))
+ROTARY = {"rotary_cos": t(6, 2), "rotary_sin": t(6, 2)}
+cached = fastattn.attention_with_kv_cache
 weights, statistics, reference = (
     fastattn.attention_weights,
     fastattn.attention_statistics,
@@ -125,6 +127,26 @@ BAD: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], type[Exception], str]
     ("weights_lse_int", weights, (Q, K, t(2, 4, 5).int()), {}, TypeError, "lse must be .*got torch.int32"),
     ("statistics_lse", statistics, (Q, K, t(1, 4, 5)), {}, ValueError, r"lse must have shape .*got \(1, 4, 5\)"),
     ("statistics_block", statistics, (Q, K, t(2, 4, 5)), {"block": 0}, ValueError, "block must be at least 1, got 0"),
+    ("cache_short", cached, (Q, K, V), {"cache_seqlens": 7}, ValueError, "cache_seqlens must be at most 6.*got 7"),
+    ("cache_key", cached, (Q, K, V, [1], V), {"cache_seqlens": 1}, TypeError, "key must be a torch.Tensor .*got list"),
+    (
+        "rotary_list",
+        cached,
+        (Q, K, V),
+        {"rotary_cos": [1], "rotary_sin": [1]},
+        ValueError,
+        "must both be given, as ten",
+    ),
+    ("rotary_short", cached, (Q, K, V), ROTARY, ValueError, "rotary_cos and rotary_sin have 6 positions, 7 are needed"),
+    ("unpad_list", fastattn.unpad, ([1], MASK), {}, TypeError, "x must be a torch.Tensor .*got list"),
+    (
+        "pad_rows",
+        fastattn.pad,
+        (t(7, 2), fastattn.unpad(t(5, 6), ~MASK)),
+        {},
+        ValueError,
+        r"30 rows.*got shape \(7, 2\)",
+    ),
     ("reference_rank", reference, (Q[0], K[0], V[0]), {}, ValueError, r"must be \(batch, .*query \(4, 5, 8\)"),
     ("reference_dtypes", reference, (Q, K.half(), V), {}, TypeError, "share one dtype.*key float16"),
     ("reference_mask", reference, (Q, K, V), {"mask": MASK[:4]}, ValueError, r"mask must broadcast to \(2, 4, 5, 6\)"),
@@ -205,6 +227,20 @@ def test_rows_of_finfo_min_and_infinite_bias(backend: str, lengths: tuple[int, i
     assert out[:, :, 1:3].isnan().all() and not out[:, :, 3].any()
     expected = fastattn.attention(q, k, v, bias=clean, backend=backend)
     assert torch.equal(out[:, :, 4:], expected[:, :, 4:])
+
+
+def test_gradients_and_weights_of_a_row_of_finfo_min() -> None:
+    """Those of the mean. Kernels, which have only lse, lose the number of keys: see docs/architecture.md."""
+    q, k, v = t(1, 2, 5, 8), t(1, 2, 6, 8), t(1, 2, 6, 8)
+    bias = torch.full((5, 6), torch.finfo(torch.float32).min)
+    weights = torch.full((1, 2, 5, 6), 1 / 6)
+    out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True)
+    assert torch.allclose(fastattn.attention_weights(q, k, lse, bias=bias), weights)
+    module = fastattn.MultiHeadAttention(8, 2, batch_first=True)
+    assert torch.allclose(module(q[0], k[0], v[0], attn_mask=bias)[1], weights[0])
+    v.requires_grad_()
+    out = fastattn.attention(q, k, v, bias=bias, backend="reference")
+    assert torch.allclose(torch.autograd.grad(out.sum(), v)[0], torch.full_like(v, 5 / 6))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

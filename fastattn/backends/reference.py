@@ -72,7 +72,7 @@ class ReferenceBackend:
         seen_by_key = visible.transpose(-1, -2)
 
         s = reference.scores(q, k, visible, t.bias, spec.softmax_scale, spec.softcap, t.alibi_slopes, p.offset)
-        weights = reference.weights_from_lse(s, lse)
+        weights = reference.weights_from_lse(s, lse, t.bias is not None)
         factor: Tensor | float = 1.0
         if spec.dropout_p:
             assert t.dropout_seed is not None
