@@ -140,10 +140,9 @@ def attention_with_kv_cache(
         assert key is not None and value is not None
         used = lengths + key.shape[2]
         _check_room(lengths, key.shape[2], capacity)
-        append(key_cache, key, lengths, block_table)
-        append(value_cache, value, lengths, block_table)
+    k, v = key_cache, value_cache
     if block_table is None and not isinstance(used, Tensor):
-        key_cache, value_cache = key_cache[:, :, :used], value_cache[:, :, :used]
+        k, v = k[:, :, :used], v[:, :, :used]
         mask, bias, k_segments = (
             x[..., :used] if x is not None and x.shape[-1:] == (capacity,) else x for x in (mask, bias, k_segments)
         )
@@ -154,8 +153,8 @@ def attention_with_kv_cache(
         )
     arguments = prepare_ragged(
         query,
-        key_cache,
-        value_cache,
+        k,
+        v,
         Ragged(None, None, seqused, leftpad_k, block_table, 0, capacity, check_length("num_splits", num_splits)),
         mask,
         bias,
@@ -167,6 +166,9 @@ def attention_with_kv_cache(
         backend,
         shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens),
     )
+    if key is not None and value is not None:  # only now that nothing can be refused any more
+        append(key_cache, key, lengths, block_table)
+        append(value_cache, value, lengths, block_table)
     out, lse = ops.run_forward(*arguments[:6], *arguments.call)
     return (out, lse) if return_lse else out
 

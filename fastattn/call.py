@@ -104,11 +104,14 @@ def combine_window(causal: bool, window: Window | None) -> Window:
     return left, 0 if causal else right
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """In autocast's dtype, as torch casts for its own attention: floating tensors other than float64."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+def autocast(query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where it is enabled, as torch casts for its own attention: floats other than float64."""
+    tensors = (query, *others)
+    if not isinstance(query, Tensor) or query.is_meta or not torch.is_autocast_enabled(query.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(query.device.type)
+    kept = [not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64 for x in tensors]
+    return tuple(x if keep else x.to(dtype) for x, keep in zip(tensors, kept, strict=True))
 
 
 # Calls whose tensors have been checked and need no reshaping, by all that the checks look at.
@@ -304,8 +307,7 @@ def prepare(
     check_scale(softmax_scale)
     check_dropout(dropout_p)
     check_offset(offset)
-    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
-        query, key, value = (_autocast(x) for x in (query, key, value))
+    query, key, value = autocast(query, key, value)
     signature = () if torch.compiler.is_compiling() else _signature(query, key, value, mask, bias, gqa_hint)
     if signature in _known:
         q, k, v = query, key, value

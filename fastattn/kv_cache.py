@@ -25,12 +25,11 @@ class KVCache:
             assigned (where sequences differ, to go back, to start one anew) and changed in place.
     """
 
-    block_table: Tensor | None = None
-
     def __init__(self, capacity: int | None = None) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity
+        self.block_table: Tensor | None = None
         self.key: Tensor | None = None
         self.value: Tensor | None = None
         self.lengths = 0
@@ -55,14 +54,21 @@ class KVCache:
         Raises:
             ValueError: there is no room; or as that function.
         """
-        if key is not None and value is not None:
-            self._reserve(key, value)
-        if self.key is None or self.value is None:
-            raise ValueError("the cache is empty: key and value are needed")
-        taken = key is self.key  # a memory, which is not appended to anything
-        new, *appended = (0, None, None) if key is None or taken else (key.shape[2], key, value)
-        options = {"causal": True, "block_table": self.block_table, **options}
-        result = attention_with_kv_cache(query, self.key, self.value, *appended, cache_seqlens=self.lengths, **options)
+        before = {name: x[:] if isinstance(x, list) else x for name, x in vars(self).items()}
+        try:
+            if key is not None and value is not None:
+                self._reserve(key, value)
+            if self.key is None or self.value is None:
+                raise ValueError("the cache is empty: key and value are needed")
+            taken = key is self.key  # a memory, which is not appended to anything
+            new, *appended = (0, None, None) if key is None or taken else (key.shape[2], key, value)
+            options = {"causal": True, "block_table": self.block_table, **options}
+            result = attention_with_kv_cache(
+                query, self.key, self.value, *appended, cache_seqlens=self.lengths, **options
+            )
+        except Exception:
+            vars(self).update(before)
+            raise
         self._lengths = self._lengths + new
         self._most = None if self._most is None else self._most + new
         return result
@@ -106,7 +112,8 @@ class PagedKVCache(KVCache):
 
     Attributes:
         key, value: ``(num_pages, heads_k, page_size, head_dim)``; None before the first append.
-        block_table: int32 ``(batch, max_pages)``; entries not in use are 0. None before the first append.
+        block_table: int32 ``(batch, max_pages)``; what stands behind the pages in use has no meaning. None before the
+            first append.
         lengths: int32 ``(batch,)``: keys held; 0 before the first append.
     """
 
@@ -139,7 +146,7 @@ class PagedKVCache(KVCache):
                 start = len(self._held[b])
                 filled = torch.tensor(pages, dtype=torch.int32, device=key.device)
                 self.block_table[b, start : start + count] = filled
-                self._held[b] += pages
+                self._held[b] = self._held[b] + pages
         self._used = [used + new for used in self._used]
 
     def free(self, b: int) -> None:

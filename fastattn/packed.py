@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import ops
-from fastattn.call import combine_window, shaping
+from fastattn.call import autocast, combine_window, shaping
 from fastattn.ragged import Ragged, prepare_ragged
 from fastattn.spec import Window, check_shapes, check_tensors
 from fastattn.validate import check_block_table, check_cu_seqlens, check_integers, check_length
@@ -88,6 +88,8 @@ def attention_varlen(
         TypeError, ValueError: as :func:`fastattn.attention`; also when cu_seqlens, tables or lengths have the wrong
             dtype or shape, or a paged call asks for a gradient.
     """
+    if block_table is None:
+        query, key, value = autocast(query, key, value)
     check_tensors(query, key, value)
     for name, x, dims in (("query", query, 3), ("key", key, 4 if block_table is not None else 3)):
         if x.dim() != dims:

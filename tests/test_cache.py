@@ -50,6 +50,27 @@ def test_decoding_equals_the_whole(paged: bool, backend: str) -> None:
         assert cache.lengths.tolist() == [12, 0] and not cache.block_table[1].any()
 
 
+@pytest.mark.parametrize("held", [0, 4])
+@pytest.mark.parametrize("make", [lambda: fastattn.KVCache(8), fastattn.KVCache, lambda: fastattn.PagedKVCache(6, 3)])
+def test_a_refused_step_changes_nothing(make: Any, held: int) -> None:
+    """The same cache goes on as if the call had not been; the keys of the call are not in it."""
+    q, k, v, other = t(2, 2, 9, 4), t(2, 2, 9, 4), t(2, 2, 9, 4), make()
+    cache, first, step = make(), slice(0, held), slice(held, held + 2)
+    if held and cache.capacity is None:
+        pytest.skip("a memory is not appended to")
+    for each in (cache, other) if held else ():
+        each.attend(*(x[:, :, first] for x in (q, k, v)))
+    before = cache.key.clone() if held else None
+    for wrong, message in ({"softcap": -1.0}, "softcap"), ({"mask": torch.zeros(2, 3, 2, 2).bool()}, "mask"):
+        with pytest.raises(ValueError, match=message):
+            cache.attend(*(x[:, :, step] for x in (q, k, v)), **wrong)
+    assert torch.equal(cache.key, before) if held else cache.key is None
+    assert torch.equal(torch.as_tensor(cache.lengths), torch.as_tensor(other.lengths))
+    for _ in range(2 if cache.capacity else 1):
+        ours, theirs = (each.attend(*(x[:, :, step] for x in (q, k, v))) for each in (cache, other))
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_flash_attn_with_kvcache(indexed: bool, interleaved: bool) -> None:

@@ -123,6 +123,11 @@ def test_autocast_computes_in_its_dtype() -> None:
         out = fastattn.attention(q, k.to(torch.bfloat16), v)
         assert out.dtype is torch_sdpa(q, k, v).dtype is torch.bfloat16
         assert fastattn.attention(q.double(), k.double(), v.double()).dtype is torch.float64
+        packed, cu_seqlens = (
+            (q[0].transpose(0, 1), k[0].transpose(0, 1).half()),
+            torch.tensor([0, 9], dtype=torch.int32),
+        )
+        assert fastattn.attention_varlen(*packed, packed[1], cu_seqlens).dtype is torch.bfloat16
     out.float().sum().backward()
     assert q.grad is not None and q.grad.dtype is torch.float32
 
