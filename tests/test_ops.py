@@ -72,7 +72,7 @@ def test_gradcheck(backend: str, name: str) -> None:
         case = replace(case, seqlen_q=5, seqlen_k=7, used_k=None if case.used_k is None else (6, 2))
     else:
         lengths_k = (6, 0, 3)[: case.batch]
-        used = None if case.used_k is None else (4, 0, 3)
+        used = None if case.used_k is None else (4, 0, 3)[: case.batch]
         case = replace(
             case, lengths_q=(5, 2, 1)[: case.batch], lengths_k=lengths_k, seqlen_q=5, seqlen_k=6, used_k=used
         )
