@@ -52,7 +52,7 @@ class AmxBlocks {
     using O = Operands<AmxProducts>;
 
 public:
-    static constexpr int64_t kRows = AmxProducts::kRowBlock, kColumns = AmxProducts::kKeyTile;
+    static constexpr int64_t kRows = AmxProducts::kQueryBlock, kColumns = AmxProducts::kKeyTile;
 
     // finish(block, s): turns products into scores in place where a block is not plain. keep(block): dropout's choice,
     // kColumns to a row, or null. s and keep begin at the block's row and key.

@@ -170,6 +170,9 @@ private:
     static void products(int64_t n, const C* q, const S* const* k, int64_t dim, C* s) {
         constexpr int kMost = std::min(4, L);
         int64_t r = 0;
+        if constexpr (L >= 16) {
+            for (; r + 8 <= n; r += 8) products_of<8>(q + r * dim, k, dim, s + r * kBlock);
+        }
         for (; r + kMost <= n; r += kMost) products_of<kMost>(q + r * dim, k, dim, s + r * kBlock);
         for (; r + 2 <= n; r += 2) products_of<2>(q + r * dim, k, dim, s + r * kBlock);
         for (; r < n; ++r) products_of<1>(q + r * dim, k, dim, s + r * kBlock);
@@ -187,10 +190,10 @@ private:
                 Vector<C> total[kRows] = {};
                 for (int64_t d = 0; d < dim; d += L) {
                     const Vector<C> x = load_wide<C>(right + d);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (int a = 0; a < kRows; ++a) total[a] += load<C>(q + a * dim + d) * x;
                 }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int a = 0; a < kRows; ++a) sum[a * kKeys + i] = total[a];
             }
             const Vector<C> found = sums_of<C>(sum);
@@ -232,6 +235,9 @@ private:
     template <typename S>
     void add_values(int64_t n, const C* s, const S* const* v, int64_t keys, C* out) const {
         int64_t r = 0;
+        if constexpr (L >= 16) {
+            for (; r + 8 <= n; r += 8) add_rows<8, 2>(s + r * kBlock, v, keys, out + r * out_dim());
+        }
         for (; r + 4 <= n; r += 4) add_rows<4, 4>(s + r * kBlock, v, keys, out + r * out_dim());
         for (; r + 2 <= n; r += 2) add_rows<2, 8>(s + r * kBlock, v, keys, out + r * out_dim());
         for (; r < n; ++r) add_rows<1, 8>(s + r * kBlock, v, keys, out + r * out_dim());
@@ -251,7 +257,7 @@ private:
             Vector<C> right[kVectors];
 #pragma GCC unroll 8
             for (int u = 0; u < kVectors; ++u) right[u] = load_wide<C>(v[c] + d + u * L);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int a = 0; a < kRows; ++a) {
                 const Vector<C> left = splat(s[a * kBlock + c]);
 #pragma GCC unroll 8

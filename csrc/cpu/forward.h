@@ -40,7 +40,7 @@ public:
 
 private:
     static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = 128;
-    static_assert(kQueryTile % P::kRowBlock == 0 && kKeyTile <= kMaxTileColumns, "tiles hold whole blocks");
+    static_assert(kQueryTile % P::kQueryBlock == 0 && kKeyTile <= kMaxTileColumns, "tiles hold whole blocks");
 
     struct Keys {
         typename P::Matrix k, v;
@@ -90,8 +90,8 @@ private:
         tile.blocks.clear();
         for (int64_t j = e.key_low(first) / kKeyTile * kKeyTile; j < end; j += kKeyTile) {
             const int64_t j_end = std::min(j + kKeyTile, e.seqlen_k);
-            for (int64_t r = 0; r < rows; r += P::kRowBlock) {
-                const int64_t block_rows = std::min(P::kRowBlock, rows - r);
+            for (int64_t r = 0; r < rows; r += P::kQueryBlock) {
+                const int64_t block_rows = std::min(P::kQueryBlock, rows - r);
                 const Span span = scores_.template span<false>(e, h, first + r, block_rows, j, j_end, P::kUnit);
                 if (!span.empty()) tile.blocks.push_back({r, block_rows, j, span, span.whole && scores_.plain()});
             }
@@ -106,7 +106,7 @@ private:
         };
         const auto keep = [&](const Block& b) -> const uint8_t* {
             if (p_.dropout_threshold == 0) return nullptr;
-            tile.keep.resize(P::kRowBlock * kKeyTile);
+            tile.keep.resize(P::kQueryBlock * kKeyTile);
             Dropout(p_, e.b, h)
                 .tile(first + b.row, first + b.row + b.rows, b.key + b.span.first,
                       std::min(b.key + b.span.last, e.seqlen_k), tile.keep.data() + b.span.first, kKeyTile);

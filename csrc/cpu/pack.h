@@ -196,11 +196,11 @@ struct VectorProducts {
     using T = T_;
     using C = C_;
     using Matrix = Operand<C>;
-    static constexpr int64_t kRowBlock = 4 * kTileRows;  // rows whose scores stay in the first-level cache
-    static constexpr int64_t kKeyTile = 256;
-    static constexpr int64_t kUnit = kLanes<C>;          // columns of scores are made by this many
-    static constexpr int64_t kKeyRows = 16 * kTileRows;  // backward: keys of a tile
-    static constexpr int64_t kQueryColumns = 128;        // backward: queries of a tile
+    static constexpr int64_t kQueryBlock = 8 * kTileRows, kKeyTile = 128;  // forward: scores stay in the nearest cache
+    static constexpr int64_t kRowBlock = 4 * kTileRows;                    // backward: likewise
+    static constexpr int64_t kUnit = kLanes<C>;                            // columns of scores are made by this many
+    static constexpr int64_t kKeyRows = 16 * kTileRows;                    // backward: keys of a tile
+    static constexpr int64_t kQueryColumns = 128;                          // backward: queries of a tile
 
     // Runs once in a thread before and after its products.
     struct Session {};

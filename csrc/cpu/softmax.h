@@ -106,7 +106,7 @@ public:
     // or null. s and keep have kKeyTile columns and begin at the block's row and key.
     template <typename Finish, typename Keep>
     void run(const Operands<P>& o, const std::vector<Block>& blocks, const Finish& finish, const Keep& keep) {
-        C* s = s_.reserve(P::kRowBlock * P::kKeyTile);
+        C* s = s_.reserve(P::kQueryBlock * P::kKeyTile);
         const int64_t dim = o.v.padded_dim();
         for (const Block& b : blocks) {
             P::scores(o.q, b.row, b.rows, o.k, b.key, b.span.first, b.span.last, s, P::kKeyTile);
@@ -123,7 +123,7 @@ private:
     // what was summed before, the output included.
     static void softmax(const Operands<P>& o, const Block& b, C* s, const uint8_t* keep) {
         constexpr int L = kLanes<C>;
-        constexpr int64_t kMost = (P::kRowBlock + L - 1) / L * L;
+        constexpr int64_t kMost = (P::kQueryBlock + L - 1) / L * L;
         const C scale = b.plain ? o.scale : C(1);
         const int64_t dim = o.v.padded_dim();
         C base[kMost] = {}, rescale[kMost] = {};
