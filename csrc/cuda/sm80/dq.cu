@@ -42,7 +42,7 @@ struct QueryTileLoop {
     template <int kRows>
     static FASTATTN_DEVICE void load(uint32_t to, const Matrix<const T>& from, int row0) {
         if (!kGeneral || in_chunks(from)) {
-            TileLoader<T, kRows, kHeadDim, kThreads>{from}(to, row0);
+            TileLoader<T, kRows, kHeadDim, kThreads>{from, opaque(thread_index())}(to, row0);
         } else {
             load_elements<T, kRows, kHeadDim, kThreads>(to, from, row0);
         }
