@@ -60,17 +60,25 @@ class Source:
         return self.path.endswith(".cu")
 
 
-def cpu_sources() -> list[Source]:
+def cpu_sources(cxx: list[str]) -> list[Source]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = CPU_ISAS if x86 else {"portable": []}
+    isas = {isa: flags for isa, flags in CPU_ISAS.items() if not flags or (x86 and accepts(cxx, flags))}
+    if x86 and (left_out := [isa for isa in CPU_ISAS if isa not in isas]):
+        say(f"{' '.join(cxx)} is too old for {', '.join(left_out)}: the CPU kernels do without")
     return [
-        Source("csrc/cpu/attention.cpp"),
+        Source("csrc/cpu/attention.cpp", flags=tuple(f"-DFASTATTN_WITH_{isa.upper()}" for isa in isas)),
         Source("csrc/cpu/threads.cpp"),
         *(
             Source("csrc/cpu/kernels.cpp", {"FASTATTN_CPU_ISA": isa}, tuple(KERNEL_FLAGS + flags))
             for isa, flags in isas.items()
         ),
     ]
+
+
+def accepts(cxx: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows these flags and has the header of their intrinsics."""
+    command = [*cxx, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input="#include <immintrin.h>\n", text=True, capture_output=True).returncode == 0
 
 
 def cuda_sources(hopper: bool = True) -> list[Source]:
@@ -260,7 +268,7 @@ def ninja_file(cxx: list[str], nvcc: Nvcc | None, output: str) -> str:
         link += ["-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"]
     # Baseline code first: of an inline function that several objects have, the linker keeps the first one it sees,
     # and that must not be one compiled for AVX-512.
-    sources = [Source("csrc/bindings.cpp"), *cpu_sources()]
+    sources = [Source("csrc/bindings.cpp"), *cpu_sources(cxx)]
     if nvcc:
         sources += cuda_sources(nvcc.has_hopper)
         bindings += ["-DFASTATTN_WITH_CUDA", f'-DFASTATTN_CUDA_ARCHS=\\"{",".join(nvcc.archs)}\\"']

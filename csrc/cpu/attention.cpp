@@ -1,4 +1,5 @@
-// Chooses the instruction set, once, when first asked.
+// Chooses the instruction set, once, when first asked, of those that were compiled: setup.py defines
+// FASTATTN_WITH_AVX2, FASTATTN_WITH_AVX512 and FASTATTN_WITH_AMX as the compiler knows them.
 #include "attention.h"
 
 #include <cstdlib>
@@ -22,11 +23,9 @@ namespace fastattn::cpu {
     void attention_backward(const AttentionParams& p); \
     }
 FASTATTN_DECLARE(portable)
-#if defined(__x86_64__)
 FASTATTN_DECLARE(avx2)
 FASTATTN_DECLARE(avx512)
 FASTATTN_DECLARE(amx)
-#endif
 #undef FASTATTN_DECLARE
 
 namespace {
@@ -41,13 +40,13 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 // AMX needs the processor (CPUID 7.0: EDX bits 22 and 24) and, for its 8 KiB of state, Linux's leave, asked for once.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #if defined(__linux__)
     unsigned eax, ebx, ecx, edx;
     if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
@@ -63,9 +62,13 @@ bool has_amx() {
 // All that were compiled, best first.
 std::vector<Kernels> all_kernels() {
     return {
-#if defined(__x86_64__)
+#if defined(FASTATTN_WITH_AMX)
         {"amx", has_amx(), amx::attention_forward, amx::attention_backward},
+#endif
+#if defined(FASTATTN_WITH_AVX512)
         {"avx512", has_avx512(), avx512::attention_forward, avx512::attention_backward},
+#endif
+#if defined(FASTATTN_WITH_AVX2)
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::attention_forward,
          avx2::attention_backward},
 #endif
