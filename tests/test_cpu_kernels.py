@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import fastattn
 from fastattn.backends import cpu
@@ -58,7 +61,7 @@ def compiler_flags(isa: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    """Address- and UndefinedBehaviorSanitizer over random calls; the stated bounds of exp and tanh."""
+    """Address- and UndefinedBehaviorSanitizer over random calls."""
     isa = INSTRUCTION_SETS[0]
     flags = ["-O2", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFASTATTN_CPU_ISA=" + isa]
     flags += [*compiler_flags(isa), f"-I{ROOT / 'csrc'}", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -79,6 +82,16 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("clean\n")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_exp_and_tanh_keep_their_bounds(isa: str, tmp_path: Path) -> None:
+    program, source = str(tmp_path / "program"), str(ROOT / "tests/cpu_kernels/functions.cpp")
+    flags = [*compiler_flags(isa), "-O2", f"-DFASTATTN_CPU_ISA={isa}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["c++", *flags, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.stdout == "within bounds\n", done.stdout
 
 
 @st.composite
@@ -134,3 +147,60 @@ def test_the_same_bits_whatever_the_threads(name: str, dtype: torch.dtype) -> No
     for other in results[1:]:
         for key, value in results[0].items():
             assert torch.equal(other[key], value), key
+
+
+def test_as_many_threads_as_torch_has() -> None:
+    code = (
+        "import os, torch, fastattn\n"
+        "x = torch.randn(1, 1, 400, 64)\n"
+        "for threads in (1, 3, 2):\n"
+        "    torch.set_num_threads(threads)\n"
+        "    before = len(os.listdir('/proc/self/task'))\n"
+        "    fastattn.attention(x, x, x, backend='cpu')\n"
+        "    print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    if not Path("/proc/self/task").exists():
+        pytest.skip("no /proc to count threads in")
+    done = python("-c", code)
+    assert done.stdout.split() == ["0", "2", "0"], done.stdout + done.stderr
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_several_python_threads_share_the_pool(two_threads: None) -> None:
+    """One has the pool, the others work alone; whichever it is, the bits are the same."""
+    inputs = Case("threads", heads_k=1, seqlen_q=300, seqlen_k=300, causal=True).make(torch.float32)
+    expected = inputs.run(fastattn.attention, backend="cpu")
+    with ThreadPoolExecutor(4) as executor:
+        for found in executor.map(lambda _: inputs.run(fastattn.attention, backend="cpu"), range(24)):
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Attended(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Items that a worker computes, forward and backward."""
+
+    def __init__(self) -> None:
+        self.inputs = Case("workers", seqlen_q=300, seqlen_k=300).make(torch.float32)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, _: int) -> dict[str, Tensor]:
+        torch.set_num_threads(2)  # a worker starts with one
+        return self.inputs.run(fastattn.attention, backend="cpu")
+
+
+def test_workers_of_a_data_loader_make_pools_of_their_own(two_threads: None) -> None:
+    data = Attended()
+    expected = data[0]  # the pool's threads are up when the workers fork, and are not there afterwards
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=100
+    )
+    for found in loader:
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 #if defined(__AVX512F__)
@@ -129,8 +130,9 @@ struct Exp2<double> {
 };
 
 // e^x for x <= 0 (a little above is fine); 0 below the smallest normal number; NaN stays NaN. With x log2(e) = n + f,
-// f is taken from x so that a large x costs no digits: by fused multiply-adds with log2(e) in two parts, or without
-// them from x - n ln(2), ln(2) in two parts of which n times the first is exact (Cody and Waite 1980).
+// f is taken from x so that a large x costs no digits: by fused multiply-adds with log2(e) in two parts; or, where
+// compilers may not fuse these (Arm has no vector a * b - c, GCC avoids chains of them in AVX2), from x - n ln(2), with
+// ln(2) in two parts of which n times the first is exact (Cody and Waite 1980).
 // Relative error below 2^-22 (float), 2^-51 (double).
 template <typename C>
 inline Vector<C> exp(Vector<C> x) {
@@ -140,7 +142,7 @@ inline Vector<C> exp(Vector<C> x) {
     [[maybe_unused]] constexpr C kLow = static_cast<C>(kLog2ELow + (kLog2E - static_cast<double>(kHigh)));
     const Vector<C> shifted = x * splat<C>(kHigh) + splat<C>(E::kRound);
     const Vector<C> n = shifted - splat<C>(E::kRound);
-#if defined(__FMA__)  // Arm has no vector instruction for a * b - c
+#if defined(__AVX512F__)
     const Vector<C> high = x * splat<C>(kHigh) - n;
     const Vector<C> f = x * splat<C>(kLow) + high;
 #else
