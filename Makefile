@@ -58,9 +58,9 @@ gpu:
 	$(MAKE) VENV=.venv-gpu VENV_FLAGS=--system-site-packages TORCH=installed .venv-gpu/installed-$(notdir $(PYTHON))-torchinstalled
 	-.venv-gpu/bin/python -m tests.cuda_emulation.record
 	-.venv-gpu/bin/python -m tests.cuda_emulation.sanitize
-	.venv-gpu/bin/python -m pytest $(PYTEST_FLAGS)
+	.venv-gpu/bin/python -m pytest -n 8 $(PYTEST_FLAGS)
 	.venv-gpu/bin/python -m benchmarks $(if $(TEXT),--text '$(TEXT)')
-	.venv-gpu/bin/python -m benchmarks cuda
+	.venv-gpu/bin/python -m benchmarks cuda --seconds 120
 
 $(STAMP): $(BUILD_INPUTS)
 	test -e $(STAMP) || test ! -e $(VENV) || { ls $(VENV)/installed-* >/dev/null 2>&1 && rm -rf $(VENV); } || { \
