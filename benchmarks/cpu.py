@@ -56,7 +56,7 @@ def cells(quick: bool, full: bool) -> Iterator[Cell]:
     ):
         for dtype in dtypes.values() if full else (torch.float32,):
             yield Cell(case, dtype, {"forward": "masked"})
-    for n, dtype in product((16,) if quick else (16, 32, 64, 128), dtypes.values()):
+    for n, dtype in product((16,) if quick else (16, 32, 64, 128) if full else (16, 128), dtypes.values()):
         yield Cell(Case(2 if quick else 64, 8, n, n, 64), dtype, {"forward": "short"})
 
 
