@@ -125,7 +125,7 @@ struct AmxProducts {
     using T = BFloat16;
     using C = float;
     using Matrix = AmxMatrix;
-    static constexpr int64_t kRowBlock = 32, kQueryBlock = 32, kKeyTile = 256, kUnit = 32;
+    static constexpr int64_t kRowBlock = 32, kMostRows = 32, kQueryBlock = 32, kKeyTile = 256, kUnit = 32;
     static constexpr int64_t kKeyRows = 128, kQueryColumns = 256;
     static constexpr int64_t kTile = AmxMatrix::kTile;
     using Blocks = class AmxBlocks;  // amx_forward.h
@@ -164,9 +164,13 @@ struct AmxProducts {
         static constexpr int kRows = 2, kVectors = 2, kRowStep = 16;
         static constexpr int64_t kSize = kRowBlock * kQueryColumns;
         Buffer<uint16_t> memory;
+        Buffer<C> s_data, dp_data;
         uint16_t *p[2], *ds[2];  // of a block, as left-hand operands: upper and lower halves
         uint16_t* right[2];      // dS of the tile, as right-hand operand: (keys/32, queries/16) tiles
+        C* s() const { return s_data.get(); }
+        C* dp(int64_t) const { return dp_data.get(); }
         void reserve() {
+            s_data.reserve(kSize), dp_data.reserve(kSize);
             uint16_t* at = memory.reserve(4 * kSize + 2 * kKeyRows * kQueryColumns);
             for (uint16_t** to : {p, ds}) to[0] = at, to[1] = at + kSize, at += 2 * kSize;
             right[0] = at, right[1] = at + kKeyRows * kQueryColumns;

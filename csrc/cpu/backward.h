@@ -45,7 +45,7 @@ public:
 
 private:
     static constexpr int64_t kKeyRows = P::kKeyRows, kColumns = P::kQueryColumns, kRowBlock = P::kRowBlock;
-    static constexpr int64_t kBlocks = kKeyRows / kRowBlock;
+    static constexpr int64_t kBlocks = kKeyRows / kRowBlock, kMostRows = P::kMostRows;
 
     struct Head {
         typename P::Matrix k, v, q, dout;
@@ -57,7 +57,7 @@ private:
         std::atomic<bool> failed{false}, k_non_finite{false}, q_non_finite{false}, dout_non_finite{false};
     };
     struct Tile {
-        Buffer<C> s, dp, slope;
+        Buffer<C> slope, bias_ds;
         typename P::Gradients gradients;
         std::vector<uint8_t> keep;
         C ds_sums[kColumns];  // of dS over the tile's keys
@@ -122,18 +122,15 @@ private:
     Vector<C> row_products(const Rows<T>& x, const Rows<T>& y, int64_t i, int64_t rows) const {
         constexpr int64_t L = kLanes<C>;
         const int64_t dim = p_.head_dim_v, width = round_up(dim, L);
-        C* x_rows = scratch<Buffer<C>>().reserve(2 * L * kMaxHeadDim);
-        C* y_rows = x_rows + L * width;
-        std::fill(x_rows, y_rows + L * width, C(0));
-        for (int64_t r = 0; r < rows; ++r) {
-            read_row(x.at(i + r), x.dim, dim, x_rows + r * width);
-            read_row(y.at(i + r), y.dim, dim, y_rows + r * width);
-        }
+        C* copy = scratch<Buffer<C>>().reserve(2 * L * kMaxHeadDim);
+        int64_t x_stride, y_stride;
+        const C* x_rows = read_lanes(x, i, rows, dim, copy, x_stride);
+        const C* y_rows = read_lanes(y, i, rows, dim, copy + L * width, y_stride);
         Vector<C> sum{};
         for (int64_t d = 0; d < width; d += L) {
             C x_columns[L * L], y_columns[L * L];
-            transpose_square(x_rows + d, width, x_columns, L);
-            transpose_square(y_rows + d, width, y_columns, L);
+            transpose_square(x_rows + d, x_stride, x_columns, L);
+            transpose_square(y_rows + d, y_stride, y_columns, L);
             for (int64_t k = 0; k < L; ++k) sum += load(x_columns + k * L) * load(y_columns + k * L);
         }
         return sum;
@@ -170,9 +167,14 @@ private:
                 if (!span.empty()) low = std::min(low, span.first), high = std::max(high, span.last);
             }
             if (sums_rows()) std::fill(tile.ds_sums, tile.ds_sums + kColumns, C(0));
-            for (int64_t r = 0; r < rows && low < high; r += kRowBlock) {
+            for (int64_t r = 0, block_rows = 0; r < rows && low < high; r += block_rows) {
                 const Span& span = spans[r / kRowBlock];
-                const int64_t block_rows = std::min(kRowBlock, rows - r);
+                block_rows = kRowBlock;
+                while (block_rows < kMostRows && r + block_rows < rows &&
+                       span.joins(spans[(r + block_rows) / kRowBlock])) {
+                    block_rows += kRowBlock;
+                }
+                block_rows = std::min(block_rows, rows - r);
                 tile.gradients.clear(r, block_rows, low, span.empty() ? high : span.first);
                 if (span.empty()) continue;
                 tile.gradients.clear(r, block_rows, span.last, high);
@@ -211,20 +213,20 @@ private:
                         const Span& span, const Head& head, Tile& tile) {
         using G = typename P::Gradients;
         constexpr int L = kLanes<C>;
-        C* s = tile.s.reserve(kRowBlock * kColumns);
-        C* dp = tile.dp.reserve(kRowBlock * kColumns);
+        C *const s = tile.gradients.s(), *const dp = tile.gradients.dp(r);
         P::scores(head.k, first + r, rows, head.q, i, span.first, span.last, s, kColumns);
         P::scores(head.v, first + r, rows, head.dout, i, span.first, span.last, dp, kColumns);
         const bool dropout = p_.dropout_threshold != 0;
         if (dropout) {
-            tile.keep.resize(static_cast<size_t>(kRowBlock * kColumns));
+            tile.keep.resize(static_cast<size_t>(kMostRows * kColumns));
             Dropout(p_, e.b, h)
                 .tile_transposed(i + span.first, std::min(i + span.last, i_end), first + r, first + r + rows,
                                  tile.keep.data() + span.first, kColumns);
         }
         const bool plain = span.whole && scores_.plain(), capped = p_.softcap != 0;
         const bool wants_ds = dbias_per_key() || sums_rows();
-        C* slope = capped ? tile.slope.reserve(kRowBlock * kColumns) : nullptr;
+        C* bias_ds = wants_ds ? tile.bias_ds.reserve(kMostRows * kColumns) : nullptr;
+        C* slope = capped ? tile.slope.reserve(kMostRows * kColumns) : nullptr;
         if (!plain) {
             for (int64_t k = 0; k < rows; ++k) {
                 scores_.template finish_row<true>(s + k * kColumns + span.first, e, h, first + r + k, i + span.first,
@@ -267,7 +269,7 @@ private:
                     for (int a = 0; a < G::kRows; ++a) {
                         for (int u = 0; u < G::kVectors; ++u) {
                             const int64_t row = k + a * G::kRowStep;
-                            if (row < rows) store<C>(s + row * kColumns + c + u * L, ds[a][u]);
+                            if (row < rows) store<C>(bias_ds + row * kColumns + c + u * L, ds[a][u]);
                         }
                     }
                 }
@@ -283,10 +285,10 @@ private:
             }
         }
         if (dbias_per_key()) {
-            add_dbias(e.b, h, first + r, rows, i + span.first, std::min(i + span.last, i_end), s + span.first);
+            add_dbias(e.b, h, first + r, rows, i + span.first, std::min(i + span.last, i_end), bias_ds + span.first);
         }
         for (int64_t k = 0; k < rows && sums_rows(); ++k) {
-            for (int64_t c = span.first; c < span.last; ++c) tile.ds_sums[c] += s[k * kColumns + c];
+            for (int64_t c = span.first; c < span.last; ++c) tile.ds_sums[c] += bias_ds[k * kColumns + c];
         }
     }
 

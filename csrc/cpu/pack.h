@@ -109,6 +109,26 @@ enum Layout : int {
 
 constexpr int64_t kPackRows = 64;  // rows packed as one piece of work: a multiple of every panel width
 
+// kLanes rows of x from row i on, in the compute type, `stride` apart: where they lie, if they are whole, or in `copy`.
+// Rows from `rows` on, and columns from dim on to a whole vector, are 0.
+template <typename C, typename T>
+inline const C* read_lanes(const Rows<T>& x, int64_t i, int64_t rows, int64_t dim, C* copy, int64_t& stride) {
+    stride = round_up(dim, kLanes<C>);
+    if constexpr (std::is_same_v<T, C>) {
+        if (x.dim == 1 && x.pages == nullptr && dim == stride && rows >= kLanes<C>) {
+            stride = x.row;
+            return x.at(i);
+        }
+    }
+    for (int64_t r = 0; r < kLanes<C>; ++r) {
+        C* row = copy + r * stride;
+        const int64_t n = r < rows ? dim : 0;
+        if (n > 0) read_row(x.at(i + r), x.dim, n, row);
+        std::fill(row + n, row + stride, C(0));
+    }
+    return copy;
+}
+
 // Operands of products by vector multiply-add, in the compute type, padded with 0 to whole vectors:
 //   rows    (seq, dim)
 //   columns (seq / panel, dim, panel)
@@ -140,14 +160,8 @@ struct Operand {
         C* copy = scratch<Buffer<C>>().reserve(kBlock * (kMaxHeadDim + kLanes<C>));
         typename Exp2<C>::Integer non_finite = 0;
         for (int64_t i = first; i < last; i += kBlock) {
-            const C* block = copy;
-            int64_t stride = padded;
-            if constexpr (std::is_same_v<T, C>) {  // read where they lie, if they are whole
-                if (x.dim == 1 && x.pages == nullptr && dim == padded && i + kBlock <= seq) {
-                    block = x.at(i), stride = x.row;
-                }
-            }
-            if (block == copy) read_block(x, i, copy);
+            int64_t stride;
+            const C* block = read_lanes(x, i, seq - i, dim, copy, stride);
             for (int64_t r = 0; r < kBlock; ++r) {
                 const C* row = block + r * stride;
                 for (int64_t d = 0; d < dim; ++d) non_finite |= is_non_finite(row[d]);
@@ -172,19 +186,6 @@ struct Operand {
         }
         return non_finite != 0;
     }
-
-private:
-    // kLanes rows from row i on, in the compute type, padded with 0.
-    template <typename T>
-    void read_block(const Rows<T>& x, int64_t i, C* block) const {
-        const int64_t padded = padded_dim();
-        for (int64_t r = 0; r < kLanes<C>; ++r) {
-            C* row = block + r * padded;
-            const int64_t n = i + r < seq ? dim : 0;
-            if (n > 0) read_row(x.at(i + r), x.dim, n, row);
-            std::fill(row + n, row + padded, C(0));
-        }
-    }
 };
 
 template <typename P>
@@ -197,10 +198,11 @@ struct VectorProducts {
     using C = C_;
     using Matrix = Operand<C>;
     static constexpr int64_t kQueryBlock = 8 * kTileRows, kKeyTile = 128;  // forward: scores stay in the nearest cache
-    static constexpr int64_t kRowBlock = 4 * kTileRows;                    // backward: likewise
+    static constexpr int64_t kRowBlock = 4 * kTileRows;                    // backward: rows that are seen or not
     static constexpr int64_t kUnit = kLanes<C>;                            // columns of scores are made by this many
     static constexpr int64_t kKeyRows = 16 * kTileRows;                    // backward: keys of a tile
-    static constexpr int64_t kQueryColumns = 128;                          // backward: queries of a tile
+    static constexpr int64_t kMostRows = 16 * kTileRows;                   // backward: rows of a block seen by all
+    static constexpr int64_t kQueryColumns = 64;                           // backward: queries of a tile, one panel
 
     // Runs once in a thread before and after its products.
     struct Session {};
@@ -239,7 +241,10 @@ struct VectorProducts {
     struct Gradients {
         static constexpr int kRows = 1, kVectors = 1, kRowStep = 1;
         Buffer<C> p_data, ds_data;
-        void reserve() { p_data.reserve(kRowBlock * kQueryColumns), ds_data.reserve(kKeyRows * kQueryColumns); }
+        void reserve() { p_data.reserve(kMostRows * kQueryColumns), ds_data.reserve(kKeyRows * kQueryColumns); }
+        // Where scores and dP of a block are computed: P and dS take their places.
+        C* s() const { return p_data.get(); }
+        C* dp(int64_t block) const { return ds_data.get() + block * kQueryColumns; }
         void put(int64_t block, int64_t row, int64_t column, const Vector<C> (*p)[1], const Vector<C> (*ds)[1]) {
             store<C>(p_data.get() + row * kQueryColumns + column, p[0][0]);
             store<C>(ds_data.get() + (block + row) * kQueryColumns + column, ds[0][0]);

@@ -11,6 +11,7 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 template <typename C, int rows, int vectors, bool accumulate>
 __attribute__((always_inline)) inline void multiply_tile(const C* a, int64_t a_row, int64_t a_depth, const C* b,
                                                          int64_t b_stride, int64_t depth, C* c, int64_t c_stride) {
+    if constexpr (vectors == kTileVectors) b_stride = kPanel<C>;  // a whole panel: the compiler may count on it
     Vector<C> sum[rows][vectors];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {

@@ -66,6 +66,10 @@ struct Span {
     int64_t first, last;
     bool whole;
     bool empty() const { return first >= last; }
+    // Whether the two, of neighbouring rows, are one: all rows see all of the same columns.
+    bool joins(const Span& next) const {
+        return whole && next.whole && first == next.first && last == next.last && !empty();
+    }
 };
 
 // The scores of a call, t = cap(scale · q·k) - slope · |i + offset - j| + bias, cap(x) = softcap · tanh(x / softcap).
