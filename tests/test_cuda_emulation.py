@@ -64,10 +64,12 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.name)
 def test_tensor_core_tiles(case: Case, emulated: EmulatedBackend) -> None:
-    """Three orders of warps and blocks, dQ by atomics and in one order."""
+    """Three orders of warps and blocks, dQ by atomics and in one order; no bank conflicts of ldmatrix."""
+    emulated.emulator.statistics()  # counts from here on
     runs = ((torch.bfloat16, 0, True), (torch.float16, 1, False), (torch.bfloat16, 3, False))
     for dtype, seed, deterministic in runs:
         check_tiles(case.make(dtype), emulated, seed, deterministic)
+    assert emulated.emulator.statistics().ldmatrix_conflicts == 0
 
 
 @pytest.mark.parametrize("case", SIMT_SHAPES, ids=lambda c: c.name)

@@ -160,6 +160,7 @@ class Trial:
             for name, inputs, naive, oracle in self.cases:
                 for key, value in inputs.run(fastattn.attention, backend="cuda").items():
                     assert_close_to_oracle(value, naive[key], oracle[key], f"{name} {key}, seed {seed}")
+            assert backend.emulator.statistics().ldmatrix_conflicts == 0, "bank conflicts"
             if self.contains:
                 check_containment(self.dtype)
                 for edge, general in product(EDGES, (False, True)):

@@ -38,7 +38,7 @@ EDGES = (
     Edge("first_key", 20, 130, (64, None), 110, key=64, query=19),
     Edge("last_query", 70, 20, (45, None), 0, key=19, query=64),
     Edge("first_query", 130, 128, (None, 0), 62, key=127, query=64),
-    Edge("no_query", 20, 130, (None, 0), 0, key=129, query=19),  # none sees a key of the second tile of 128
+    Edge("no_query", 20, 150, (5, None), 140, key=0, query=0),  # none sees a key of the first tile of 128
     # Of the warps that share a tile of keys some have keys that the query sees, some have not, some have none at all.
     Edge("some_warps", 20, 70, (None, 0), 0, key=5, query=5),
     Edge("one_query", 1, 70, (None, 0), 5, key=6, query=0),
