@@ -44,7 +44,7 @@ class Case:
     bias_dtype: torch.dtype | None = None
     dropout_p: float = 0.0
     blind_rows: bool = False  #: the mask (or, without one, the bias) hides every key from some queries
-    layout: str = "bhsd"  #: or bshd, strided (last stride 2), sliced (amid NaN), expanded (batch stride 0)
+    layout: str = "bhsd"  #: or bshd, strided (last stride 2), sliced (amid NaN), padded, expanded (batch stride 0)
     grad_layout: str = "dense"  #: or expanded (stride 0), strided, sliced
     grad_lse: bool = True
     magnitude: float = 1.0
@@ -88,6 +88,8 @@ class Case:
                     return place(draw(batch, heads, seq, 2 * dim) * scale)[..., ::2]
                 case "sliced":
                     return amid_nan(place(draw(batch, heads, seq, dim) * scale))
+                case "padded":
+                    return place(draw(batch, heads, seq, dim + 4) * scale)[..., :dim]
                 case "expanded":
                     return place(draw(1, heads, seq, dim) * scale).expand(batch, -1, -1, -1)
                 case "transposed":

@@ -23,6 +23,7 @@ if shutil.which("c++") is None:
 
 from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
 from tests.cuda_emulation.shapes import SHAPES, SIMT_SHAPES
+from tests.cuda_emulation.visibility import EDGES, Edge, check_edge
 
 # Each case runs in one dtype, in turn, and its backward as well.
 DTYPES = {case.name: (torch.float32, torch.bfloat16, torch.float16)[n % 3] for n, case in enumerate(CASES)}
@@ -63,10 +64,12 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.name)
 def test_tensor_core_tiles(case: Case, emulated: EmulatedBackend) -> None:
-    """Three orders of warps and blocks, dQ by atomics and in one order."""
+    """Three orders of warps and blocks, dQ by atomics and in one order; no bank conflicts of ldmatrix."""
+    emulated.emulator.statistics()  # counts from here on
     runs = ((torch.bfloat16, 0, True), (torch.float16, 1, False), (torch.bfloat16, 3, False))
     for dtype, seed, deterministic in runs:
         check_tiles(case.make(dtype), emulated, seed, deterministic)
+    assert emulated.emulator.statistics().ldmatrix_conflicts == 0
 
 
 @pytest.mark.parametrize("case", SIMT_SHAPES, ids=lambda c: c.name)
@@ -141,6 +144,15 @@ def test_a_nan_query_stays_in_its_row() -> None:
     out = fastattn.attention(q, k, v, backend="cuda")
     assert out[0, 0, 5].isnan().all()
     assert out[0, 0, torch.arange(70) != 5].isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", ["float32", "bfloat16", "bfloat16_general"])
+@pytest.mark.parametrize("edge", EDGES, ids=lambda e: e.name)
+def test_nan_shows_where_it_is_seen(edge: Edge, kernels: str) -> None:
+    for deterministic in (True, False):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        dtype = torch.float32 if kernels == "float32" else torch.bfloat16
+        check_edge(edge, dtype, general=kernels.endswith("general"))
 
 
 def test_bias_of_the_smallest_float_gives_the_mean() -> None:

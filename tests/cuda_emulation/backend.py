@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ class _Allocations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if (isinstance(result, Tensor) and "empty" in name) or name in ("zeros", "zeros_like", "full", "new_zeros"):
             self._kept.append(result)
+            if "empty" in name and result.is_floating_point():
+                result.fill_(math.nan)  # an element that no kernel writes shows
             label = f"output {len(self._kept)} {tuple(result.shape)}"
             self._emulator.register(result, label, writable=True, initialised="empty" not in name)
         elif name in ("zero_", "fill_"):

@@ -59,13 +59,19 @@ def sources(csrc: Path = ROOT / "csrc", keep: str = "") -> dict[str, tuple[str, 
     return found
 
 
-def build(folder: Path, csrc: Path = ROOT / "csrc", keep: str = "", more_flags: str = "") -> Path:
-    """Compiles what has changed into ``folder/_C.so``; RuntimeError where something does not compile."""
+def build(folder: Path, csrc: Path = ROOT / "csrc", keep: str = "", more_flags: str = "", within: str = "") -> Path:
+    """Compiles what has changed into ``folder/_C.so``; RuntimeError where something does not compile.
+
+    Objects whose name does not match ``within`` are compiled from this tree instead of ``csrc``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    objects = sources(csrc, keep)
-    flags = f"{FLAGS.format(csrc=csrc)} {more_flags}"
+    changed, objects = sources(csrc, keep), sources(ROOT / "csrc", keep)
     lines = [RULES]
-    lines += [f"build {name}: cxx {source}\n  flags = {flags} {extra}" for name, (source, extra) in objects.items()]
+    for name in objects:
+        inside = re.search(within, name) is not None
+        source, extra = (changed if inside else objects)[name]
+        flags = f"{FLAGS.format(csrc=csrc if inside else ROOT / 'csrc')} {more_flags}"
+        lines.append(f"build {name}: cxx {source}\n  flags = {flags} {extra}")
     lines += [f"build _C.so: link {' '.join(objects)}"]
     text = "\n".join(lines) + "\n"
     ninja_file = folder / "build.ninja"

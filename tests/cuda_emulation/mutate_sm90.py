@@ -40,7 +40,7 @@ CASES = (
 
 
 class Trial(mutate.Trial):
-    def __init__(self, names: list[str], dtype: torch.dtype) -> None:
+    def __init__(self, names: list[str], dtype: torch.dtype, *_: object) -> None:
         made = [(c.name, c.make(dtype)) for c in CASES if c.name in names]
         self.cases = [(name, inputs, inputs.naive(), inputs.oracle()) for name, inputs in made]
         for _, inputs, *_ in self.cases:

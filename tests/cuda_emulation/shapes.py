@@ -15,6 +15,7 @@ def shape(name: str, dim: int, seqlen_q: int, seqlen_k: int, **options: Any) -> 
 # Every bucket of head dimensions of every kernel: more key tiles than stages, a key more and a key less than whole
 # tiles, fewer keys than queries. "general": the kernels that look at single entries.
 RULES = {"softcap": 2.0, "dropout_p": 0.2, "mask": (1, 1, 0, 0), "alibi": "heads"}
+SPLITS = {"num_splits": 3, "used_k": (300,), "softmax_scale": -25.0}
 SHAPES = [
     shape("d32", 32, 130, 257, causal=True),
     shape("d64", 64, 70, 319, heads_q=2, window=(90, 20)),
@@ -26,6 +27,14 @@ SHAPES = [
     shape("general_128", 128, 33, 130, causal=True, **RULES),
     shape("general_256", 256, 33, 66, **RULES),
     shape("decode", 64, 3, 590, heads_q=6, heads_k=2, causal=True),
+    # The partial outputs are of odd rows; one of five has an lse of -326, one sees nothing.
+    shape("splits", 64, 5, 300, head_dim_v=37, window=(0, None), offset=296, **SPLITS),
+    # Some lse are below -100: with them, a key that does not exist would have an infinite weight.
+    shape("steep", 32, 40, 20, heads_q=4, window=(3, 0), offset=0, softmax_scale=30.0),
+    shape("prefix", 64, 65, 65, causal=True, prefix=(65,)),  # a key and a query more than whole tiles
+    shape("padded", 64, 20, 40, layout="padded"),  # rows of whole chunks of 16 bytes that are not aligned
+    shape("last_page", 64, 3, 48, page_size=16, used_k=(48,)),
+    shape("pairs", 6, 43, 20),  # 129 pairs of elements: one more than a block of prepare.cu has threads
 ]
 SIMT_SHAPES = [
     shape("d64", 64, 70, 130, causal=True),
