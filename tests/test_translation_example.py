@@ -107,9 +107,19 @@ def test_make_demo(tmp_path: Path) -> None:
 
     def demo(binaries: Path, typed: str = "") -> tuple[int, list[str]]:
         flags = f"--preset demo --train-pairs 300 --held-out 3 --vocab-size 280 {' '.join(TINY)}"
-        words = ["make", "--old-file=LICENSE", "demo", "STAMP=LICENSE", f"BIN={binaries}", f"DEMO_FLAGS={flags}"]
+        words = [
+            "make",
+            "--no-print-directory",
+            "--old-file=LICENSE",
+            "demo",
+            "STAMP=LICENSE",
+            f"BIN={binaries}",
+            f"DEMO_FLAGS={flags}",
+        ]
+        # Not those of the make that may have started the tests.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         done = subprocess.run(
-            [*words, f"DEMO_OUT={tmp_path / 'demo'}"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [*words, f"DEMO_OUT={tmp_path / 'demo'}"], cwd=ROOT, env=ours | {"OMP_NUM_THREADS": "1"},
             input=typed, text=True, stdout=subprocess.PIPE,
         )  # fmt: skip
         return done.returncode, done.stdout.splitlines()
