@@ -160,7 +160,7 @@ def test_as_many_threads_as_torch_has() -> None:
         "    print(len(os.listdir('/proc/self/task')) - before)\n"
     )
     if not Path("/proc/self/task").exists():
-        pytest.skip("no /proc to count threads in")
+        pytest.skip("threads are counted in /proc, which only Linux has")
     done = python("-c", code)
     assert done.stdout.split() == ["0", "2", "0"], done.stdout + done.stderr
 

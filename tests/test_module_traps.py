@@ -9,22 +9,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import MultiHeadAttention, modules
+from fastattn import MultiHeadAttention
 from tests.tolerance import assert_close_to_oracle
 from tests.torch_module import E, H, L, N, S, make_inputs, make_masks, pair, run
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The keyword arguments of every attention call that MultiHeadAttention makes."""
-    seen: list[dict[str, Any]] = []
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return fastattn.attention(*args, **kwargs)
-
-    monkeypatch.setattr(modules, "attention", spy)
-    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import fastattn
 from fastattn import MultiHeadAttention
+from tests.tolerance import assert_close_to_oracle
 from tests.torch_module import E, H, L, N, S, make_inputs, make_masks, pair, run
 
 
@@ -46,9 +48,12 @@ def test_autocast(config: dict[str, Any]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out, weights = module(*inputs, **masks)
     assert out.dtype is torch.bfloat16
-    expected, expected_weights = module(*inputs, **masks)
-    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
-    torch.testing.assert_close(weights.float(), expected_weights, atol=0.02, rtol=0.02)
+    with torch.autocast("cpu", torch.bfloat16), fastattn.use_backend("reference"):
+        naive = module(*inputs, **masks)
+    wide = copy.deepcopy(module).double()
+    oracle = wide(*(x.double() for x in inputs), **{name: mask.double() for name, mask in masks.items()})
+    for name, a, b, c in zip(("out", "weights"), (out, weights), naive, oracle, strict=True):
+        assert_close_to_oracle(a, b, c, name)
     out.sum().backward()
 
 

@@ -17,6 +17,7 @@ from fastattn.dispatch import get_backend
 from fastattn.ops import run_forward
 from tests import ragged
 from tests.cases import CASES, Case, Inputs
+from tests.tolerance import FLOAT64
 
 BY_NAME = {case.name: case for case in CASES}
 FEATURES = ["plain", "causal_bottom_right", "mask_blind_rows", "bias_shared_heads", "dropout_bias", "layout_bshd"]
@@ -233,7 +234,8 @@ def test_gradients_through_transforms(how: str) -> None:
     operands = [torch.randn(size, dtype=torch.float64) for size in sizes]
     found, expected = (gradients_through(how, f, *operands) for f in (fused_attention, plain_attention))
     for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-12) and b.any()
+        torch.testing.assert_close(a, b, **FLOAT64)
+        assert b.any()
 
 
 def test_what_has_no_derivative_says_so() -> None:

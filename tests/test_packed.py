@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastattn
+from tests.tolerance import FLOAT64
 
 BACKENDS = ["reference", "cpu"]
 LENGTHS_Q, LENGTHS_K, USED = (5, 0, 17, 40, 6), (9, 3, 17, 21, 0), (9, 2, 11, 0, 0)
@@ -58,7 +59,7 @@ def test_packed_equals_a_loop(backend: str, used: tuple[int, ...] | None) -> Non
         loss = (out * torch.arange(3)).sum() + lse.tanh().sum()
         results.append([out, lse, *torch.autograd.grad(loss, leaves)])
     for packed_result, alone in zip(*results, strict=True):
-        torch.testing.assert_close(packed_result, alone, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(packed_result, alone, **FLOAT64)
 
 
 def test_dropout_counts_from_the_start_of_each_sequence() -> None:

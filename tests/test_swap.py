@@ -12,24 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import fastattn
-from fastattn import MultiHeadAttention, modules, swap_attention
+from fastattn import MultiHeadAttention, swap_attention
 
 E, H, N, L, S = 16, 4, 3, 6, 8
 PADDING = torch.arange(L) >= torch.tensor([[6], [4], [3]])  # (N, L), True = padding, on the right
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The keyword arguments of every attention call that MultiHeadAttention makes."""
-    seen: list[dict[str, Any]] = []
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return fastattn.attention(*args, **kwargs)
-
-    monkeypatch.setattr(modules, "attention", spy)
-    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from test_transformer import BATCH, CAUSAL, HEADS, D, S, T, model_args
 from torch import Tensor, nn
 
 from fastattn import transformer as ft
+from tests.tolerance import FLOAT64
 
 
 def config(**changes: Any) -> ft.TransformerConfig:
@@ -80,7 +81,7 @@ def test_seq2seq_is_embedding_transformer_head() -> None:
     hidden = stacks(
         embed(src), embed(tgt), tgt_mask=CAUSAL, src_key_padding_mask=mask, memory_key_padding_mask=mask
     )  # fmt: skip
-    torch.testing.assert_close(model(src, tgt), hidden @ model.src_embedding.weight.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(src, tgt), hidden @ model.src_embedding.weight.T, **FLOAT64)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -90,7 +91,7 @@ def test_padding_side_does_not_matter(kind: Any, side: str) -> None:
     tokens = torch.randint(1, 23, (1, 4))
     padded = F.pad(tokens, (3, 0) if side == "left" else (0, 3))
     logits = model(padded)[:, 3:] if side == "left" else model(padded)[:, :4]
-    torch.testing.assert_close(logits, model(tokens), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits, model(tokens), **FLOAT64)
 
 
 def test_causal_lm_does_not_see_the_future() -> None:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import transformer as ft
+from tests.tolerance import FLOAT64
 
 BATCH, S, T = 3, 7, 5
 D, HEADS = 32, 4
@@ -285,7 +286,7 @@ def test_backends_agree() -> None:
     src, tgt = sequence(S).double(), sequence(T).double()
     with fastattn.use_backend("reference"):
         expected = model(src, tgt, tgt_is_causal=True)
-    torch.testing.assert_close(model(src, tgt, tgt_is_causal=True), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(src, tgt, tgt_is_causal=True), expected, **FLOAT64)
 
 
 def test_errors_name_the_values() -> None:
