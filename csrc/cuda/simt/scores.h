@@ -15,18 +15,6 @@ struct Position {
     int h, i, j;
 };
 
-// Of one sequence.
-template <typename T>
-FASTATTN_DEVICE Matrix<T> query_matrix(const Tensor4& x, const Band& band, int64_t h, int64_t cols) {
-    return {static_cast<T*>(x.data) + band.query_at(x, h), x.stride[2], x.stride[3], band.seqlen_q,
-            static_cast<int>(cols)};
-}
-template <typename T>
-FASTATTN_DEVICE Matrix<T> key_matrix(const Tensor4& x, const Band& band, int64_t h, int64_t cols) {
-    return {static_cast<T*>(x.data) + band.key_at(x, h), x.stride[2], x.stride[3], band.seqlen_k,
-            static_cast<int>(cols)};
-}
-
 // The tiles of keys for kBlock queries, of queries for kBlock keys.
 FASTATTN_DEVICE TileRange key_tiles(const AttentionParams& p, const Band& band, int i0) {
     return p.prefix_lens.data ? Band::all_tiles(band.seqlen_k, kBlock)

@@ -8,6 +8,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/matrix.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/global.h"
@@ -39,18 +40,6 @@ FASTATTN_DEVICE uint32_t at(uint32_t matrix, int row, int col) {
 
 FASTATTN_DEVICE int ty() { return thread_index() / 16; }
 FASTATTN_DEVICE int tx() { return thread_index() % 16; }
-
-// A matrix in global memory in any strides; reads outside give 0.
-template <typename T>
-struct Matrix {
-    T* data;
-    int64_t row_stride, col_stride;
-    int rows, cols;
-
-    FASTATTN_DEVICE Matrix from(int row, int col) const {
-        return {data + row * row_stride + col * col_stride, row_stride, col_stride, rows - row, cols - col};
-    }
-};
 
 template <typename T>
 FASTATTN_DEVICE float read(const Matrix<T>& m, int row, int col) {

@@ -1,7 +1,7 @@
 // Tiles from global to shared memory: by cp.async where rows are made of aligned 16-byte chunks, else by element.
 #pragma once
 
-#include "cuda/band.h"
+#include "cuda/matrix.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/global.h"
@@ -10,26 +10,6 @@
 #include "params.h"
 
 namespace fastattn::cuda::sm80 {
-
-// The (seq, head_dim) matrix of one head; rows and columns beyond its size read as 0.
-template <typename T>
-struct Matrix {
-    T* data;
-    int64_t row_stride, col_stride;
-    int rows, cols;
-};
-
-// The queries, or keys, of one head of a sequence.
-template <typename T>
-FASTATTN_DEVICE Matrix<T> query_matrix(const Tensor4& x, const Band& band, int64_t h, int64_t cols) {
-    return {static_cast<T*>(x.data) + band.query_at(x, h), x.stride[2], x.stride[3], band.seqlen_q,
-            static_cast<int>(cols)};
-}
-template <typename T>
-FASTATTN_DEVICE Matrix<T> key_matrix(const Tensor4& x, const Band& band, int64_t h, int64_t cols) {
-    return {static_cast<T*>(x.data) + band.key_at(x, h), x.stride[2], x.stride[3], band.seqlen_k,
-            static_cast<int>(cols)};
-}
 
 // One row, by its number in lse and its like, of q, out or one of their gradients.
 template <typename T>
