@@ -289,14 +289,14 @@ def ninja_file(cxx: list[str], nvcc: Nvcc | None, output: str) -> str:
     if platform.system() == "Darwin":
         link += ["-undefined dynamic_lookup"]
     else:
-        link += ["-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"]
+        link += ["-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", "-ldl"]
     # Baseline code first: of an inline function that several objects have, the linker keeps the first one it sees,
     # and that must not be one compiled for AVX-512.
     sources = [Source("csrc/bindings.cpp"), *cpu_sources(cpu_isas(cxx))]
     if nvcc:
         sources += cuda_sources(nvcc.has_hopper)
         bindings += ["-DFASTATTN_WITH_CUDA", f'-DFASTATTN_CUDA_ARCHS=\\"{",".join(nvcc.archs)}\\"']
-        link += [*(f"-L{d}" for d in nvcc.library_dirs), "-lcudart_static", "-ldl", "-lrt"]
+        link += [*(f"-L{d}" for d in nvcc.library_dirs), "-lcudart_static", "-lrt"]
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {' '.join(cxx)}",

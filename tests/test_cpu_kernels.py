@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from torch import Tensor
 import fastattn
 from fastattn.backends import cpu
 from fastattn.dispatch import get_backend
-from tests.cases import CASES, DTYPES, Case
+from tests.cases import CASES, DTYPES, Case, Inputs
 from tests.tolerance import assert_close_to_oracle, gradient_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,20 +150,24 @@ def test_the_same_bits_whatever_the_threads(name: str, dtype: torch.dtype) -> No
             assert torch.equal(other[key], value), key
 
 
-def test_as_many_threads_as_torch_has() -> None:
+def test_threads_are_those_that_torch_has() -> None:
+    """OpenMP's on Linux: torch's next operation finds them, and none stands beside them."""
     code = (
         "import os, torch, fastattn\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
         "x = torch.randn(1, 1, 400, 64)\n"
+        "first = count()\n"
         "for threads in (1, 3, 2):\n"
         "    torch.set_num_threads(threads)\n"
-        "    before = len(os.listdir('/proc/self/task'))\n"
         "    fastattn.attention(x, x, x, backend='cpu')\n"
-        "    print(len(os.listdir('/proc/self/task')) - before)\n"
+        "    print(count() - first)\n"
+        "torch.nn.functional.scaled_dot_product_attention(x, x, x)\n"
+        "print(count() - first)\n"
     )
     if not Path("/proc/self/task").exists():
         pytest.skip("threads are counted in /proc, which only Linux has")
     done = python("-c", code)
-    assert done.stdout.split() == ["0", "2", "0"], done.stdout + done.stderr
+    assert done.stdout.split() == ["0", "2", "1", "1"], done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -173,13 +178,25 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_several_python_threads_share_the_pool(two_threads: None) -> None:
-    """One has the pool, the others work alone; whichever it is, the bits are the same."""
-    inputs = Case("threads", heads_k=1, seqlen_q=300, seqlen_k=300, causal=True).make(torch.float32)
+def run_in_python_threads(inputs: Inputs) -> None:
+    torch.set_num_threads(2)  # a forked process of torch's starts with one
     expected = inputs.run(fastattn.attention, backend="cpu")
     with ThreadPoolExecutor(4) as executor:
         for found in executor.map(lambda _: inputs.run(fastattn.attention, backend="cpu"), range(24)):
             assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_several_python_threads_at_once(two_threads: None, forked: bool) -> None:
+    """In a forked process one of them has the pool and the others work alone; the bits are the same."""
+    # Below the 32768 elements from which torch's own operations use threads: after a fork they would wait for ever.
+    inputs = Case("threads", heads_k=1, seqlen_q=250, seqlen_k=250, causal=True).make(torch.float32)
+    run_in_python_threads(inputs)  # torch's threads are up now, and are not there after a fork
+    if forked:
+        child = multiprocessing.get_context("fork").Process(target=run_in_python_threads, args=(inputs,))
+        child.start()
+        child.join(100)
+        assert child.exitcode == 0
 
 
 class Attended(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -198,7 +215,7 @@ class Attended(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def test_workers_of_a_data_loader_make_pools_of_their_own(two_threads: None) -> None:
     data = Attended()
-    expected = data[0]  # the pool's threads are up when the workers fork, and are not there afterwards
+    expected = data[0]  # torch's threads are up when the workers fork, and are not there afterwards
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=100
     )

@@ -74,10 +74,10 @@ public:
         const int64_t heads = p_.batch * p_.heads_k;
         parts_ = scratch<Buffer<C>>().reserve(heads * splits_ * part_size());
         const int64_t threads = std::max<int64_t>(1, p_.num_threads);
-        parallel_for(threads, heads * splits_, [&](int64_t item, int64_t) {
+        parallel_for(threads, heads * splits_, [&](int64_t item) {
             part(item / splits_ / p_.heads_k, item / splits_ % p_.heads_k, item % splits_, parts_ + item * part_size());
         });
-        parallel_for(threads, heads, [&](int64_t item, int64_t) { combine(item / p_.heads_k, item % p_.heads_k); });
+        parallel_for(threads, heads, [&](int64_t item) { combine(item / p_.heads_k, item % p_.heads_k); });
     }
 
 private:
