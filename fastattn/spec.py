@@ -135,8 +135,8 @@ class AttentionSpec:
 
     @cached_property
     def has_tables(self) -> bool:
-        """Whether the call has tensors beside q, k, v, mask, bias and dropout's seed."""
-        rows = self.segments or self.prefix or self.seqused_k or self.leftpad_k
+        """Whether the call may have tensors beside q, k, v, mask, bias and dropout's seed."""
+        rows = self.segments or self.prefix or self.seqused_k or self.leftpad_k or self.dtype is FP8
         return rows or self.alibi is not None or self.sinks or self.packed or self.page_size is not None
 
     def key_range(self, i: int) -> tuple[int, int]:
