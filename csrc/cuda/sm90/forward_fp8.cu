@@ -29,10 +29,10 @@ forward_fp8_kernel(FASTATTN_CONSTANT ForwardFp8Arguments arguments) {
     }
     barrier();
     if (thread >= 128) {
-        setmaxnreg_increase<Block::kTile.consumer_registers()>();
+        setmaxnreg_increase<Block::kRegisters[1]>();
         block.consume();
     } else {
-        setmaxnreg_decrease<Block::kTile.producer_registers()>();
+        setmaxnreg_decrease<Block::kRegisters[0]>();
         if (thread == 0) block.produce();
     }
 }

@@ -21,6 +21,7 @@
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/e4m3.h"
 #include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/opaque.h"
 #include "cuda/ptx/setmaxnreg.h"
 #include "cuda/sm90/contain.h"
 #include "cuda/sm90/softmax.h"
@@ -78,11 +79,8 @@ struct TileRing {
         Tile::load(tile(), map, full(), row, head, batch, col);
         place.advance();
     }
-    // Those who read it: from the next tile's arrival until each warp has released it.
-    FASTATTN_DEVICE uint32_t take() const {
-        mbarrier_wait(full(), place.parity);
-        return tile();
-    }
+    // Those who read it: from the tile's arrival until each warp has released it.
+    FASTATTN_DEVICE void await() const { mbarrier_wait(full(), place.parity); }
     FASTATTN_DEVICE void release() {
         if (lane_index() == 0) mbarrier_arrive(empty());
         place.advance();
@@ -99,6 +97,7 @@ struct ForwardFp8 {
     static constexpr ForwardTile kTile = e4m3_tile(kHeadDim, kVariant).tile;
     static constexpr bool kCollect = e4m3_tile(kHeadDim, kVariant).collect;
     static constexpr int kKeys = kTile.keys, kGroups = kTile.consumers(), kExponent = 8;
+    static constexpr int kRegisters[] = {kTile.producer_registers(), kTile.consumer_registers()};
     // Of pairs of elements, whose bytes lie like 16-bit ones; Q and the output of 64 queries, a warpgroup's.
     using Queries = Operand<64, kHeadDim / 2>;
     using Keys = Operand<kKeys, kHeadDim / 2>;
@@ -232,28 +231,31 @@ private:
         if (kTile.ping_pong) named_barrier_sync(kTurn + group, 256);
     }
     static FASTATTN_DEVICE void pass_turn(int group) {
-        if (kTile.ping_pong) named_barrier_arrive(kTurn + (group + 1) % kGroups, 256);
+        if (kTile.ping_pong) named_barrier_arrive(kTurn + (opaque(group) + 1) % kGroups, 256);
     }
 
     // Starts S = Q K^T.
     FASTATTN_DEVICE void multiply_keys(float (&s)[kKeys / 2], int group, uint32_t tile) const {
+        const uint32_t queries = opaque(rows_of(group));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 32; ++step) {
-            wgmma_ss<E4M3, kKeys>(s, Queries::k_major(rows_of(group), 0, step), Keys::k_major(tile, 0, step), step > 0);
+            wgmma_ss<E4M3, kKeys>(s, Queries::k_major(queries, 0, step), Keys::k_major(tile, 0, step), step > 0);
         }
         wgmma_commit();
     }
 
     // Scores of keys that a query does not see become -inf; i0: the warpgroup's first query.
     FASTATTN_DEVICE void hide(float (&s)[kKeys / 2], int i0, int j0) const {
-        const int i = i0 + fragment_row(), j = j0 + fragment_col();
-        const int begin[] = {band.keys_begin(i) - j, band.keys_begin(i + 8) - j};
-        const int end[] = {band.keys_end(i) - j, band.keys_end(i + 8) - j};
+        const int j = j0 + fragment_col();
 #pragma unroll
-        for (int n = 0; n < kKeys / 2; ++n) {
-            const int col = n / 4 * 8 + n % 2, half = n / 2 % 2;
-            if (col < begin[half] || col >= end[half]) s[n] = -INFINITY;
+        for (int half = 0; half < 2; ++half) {
+            const int i = i0 + fragment_row() + 8 * half, begin = band.keys_begin(i) - j, end = band.keys_end(i) - j;
+#pragma unroll
+            for (int n = 0; n < kKeys / 4; ++n) {
+                const int col = n / 2 * 8 + n % 2;
+                if (col < begin || col >= end) s[n / 2 * 4 + 2 * half + n % 2] = -INFINITY;
+            }
         }
     }
 
@@ -273,39 +275,46 @@ private:
         float shrink[2] = {1.f, 1.f};
         {
             float s[kKeys / 2];
-            const uint32_t tile = keys.take();
+            keys.await();
             wait_turn(group);
-            multiply_keys(s, group, tile);
+            multiply_keys(s, group, keys.tile());
             pass_turn(group);
             wgmma_wait<0>(s);
             keys.release();
             if (masked > 0) hide(s, i0, work.tiles.at(0) * kKeys);
             softmax.template weigh<true>(s, out.behind);
+            if (count > 1) keys.await();
             pack_weights(weights, s);
         }
         int n = 1;
-        for (; n < masked; ++n) next<true>(i0, work.tiles.at(n) * kKeys, group, softmax, out, weights, keys, values);
-        for (; n < count; ++n) next<false>(i0, 0, group, softmax, out, weights, keys, values);
-        out.multiply(weights, values.take());
+        for (; n < masked; ++n) {
+            next<true>(i0, work.tiles.at(n) * kKeys, n + 1 < count, group, softmax, out, weights, keys, values);
+        }
+        for (; n < count; ++n) next<false>(i0, 0, n + 1 < count, group, softmax, out, weights, keys, values);
+        values.await();
+        out.multiply(weights, values.tile());
         out.wait();
         values.release();
         out.collect(shrink);
     }
 
-    // S of a tile beside P V of the one before, whose weights become this one's.
+    // S of a tile, which has arrived, beside P V of the one before, whose weights become this one's.
     template <bool kMasked>
-    FASTATTN_DEVICE void next(int i0, int j0, int group, Softmax& softmax, Sum& out, uint32_t (&weights)[kKeys / 32][4],
-                              KeyRing& keys, ValueRing& values) const {
+    FASTATTN_DEVICE void next(int i0, int j0, bool more, int group, Softmax& softmax, Sum& out,
+                              uint32_t (&weights)[kKeys / 32][4], KeyRing& keys, ValueRing& values) const {
         float s[kKeys / 2], shrink[2];
-        const uint32_t tile = keys.take();
         wait_turn(group);
-        multiply_keys(s, group, tile);
-        out.multiply(weights, values.take());
+        multiply_keys(s, group, keys.tile());
+        values.await();
+        out.multiply(weights, values.tile());
         pass_turn(group);
         wgmma_wait<1>(s);
         keys.release();
         if (kMasked) hide(s, i0, j0);
         softmax.template weigh<kMasked>(s, shrink);
+        pin_registers(s);
+        // HAZARD: with no branch before the next wait, the compiler moves the exponentials behind it.
+        if (more) keys.await();
         out.wait();
         values.release();
         out.collect(shrink);
