@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +56,60 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
                 of = f"{case.name} {name} of head {head}, order {seed}"
                 assert_close_to_oracle(value[:, head], naive[name][:, head], oracle[name][:, head], of)
             assert torch.equal(first.setdefault(name, value), value), f"{name} depends on the order of threads"
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_tiles_that_see_nothing_do_not_overtake_the_loads(dim: int, emulated: EmulatedBackend) -> None:
+    case = Case("blind", 1, 3, 3, 700, 40, dim, dim, causal=True)
+    call = Quantised.of(case.make(torch.bfloat16))
+    naive, oracle = call.naive_e4m3(), call.oracle()
+    for seed in range(4):
+        emulated.emulator.configure(seed)
+        for name, value in call.run(backend="cuda").items():
+            assert_close_to_oracle(value, naive[name], oracle[name], f"{name}, order {seed}")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_broken_key_reaches_the_queries_that_see_it_alone(dim: int) -> None:
+    """NaN in a key, and one element of a value: e4m3 has no infinity."""
+    call = Quantised.of(Case("broken", 1, 2, 1, 200, 200, dim, dim, causal=True, offset=-40).make(torch.bfloat16))
+    naive, oracle = call.naive_e4m3(), call.oracle()
+    call.v.view(torch.uint8)[0, 0, 70, 3], call.k.view(torch.uint8)[0, 0, 150] = 0x7F, 0x7F
+    out, lse = call.run(backend="cuda").values()
+    broken = torch.zeros(200, dim, dtype=torch.bool)
+    broken[110:, 3], broken[190:] = True, True
+    assert torch.equal(out.isnan(), broken.expand_as(out)) and torch.equal(lse.isnan(), broken[:, 0].expand_as(lse))
+    out[broken.expand_as(out)] = naive["out"][broken.expand_as(out)]
+    for head in range(2):
+        assert_close_to_oracle(out[:, head], naive["out"][:, head], oracle["out"][:, head], f"head {head}")
+
+
+def test_other_layouts_are_copied(emulated: EmulatedBackend) -> None:
+    """Strides that TMA cannot step along, a start that is no multiple of 16 bytes, a broadcast batch."""
+    whole = torch.randn(2, 40, 2, 65).to(torch.float8_e4m3fn)
+    q, k = whole[..., 1:].transpose(1, 2), whole[:1, ..., :64].transpose(1, 2)
+    v = torch.randn(2, 2, 64, 40).to(torch.float8_e4m3fn).mT
+    actual = fastattn.attention_fp8(q, k.expand(2, -1, -1, -1), v, backend="cuda")
+    dense = [x.contiguous() for x in (q, k.expand(2, -1, -1, -1), v)]
+    assert torch.equal(actual, fastattn.attention_fp8(*dense, backend="cuda"))
+    assert emulated.emulator.statistics().wgmma > 0 and actual.stride(1) < actual.stride(2)
+
+
+def test_what_runs_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], emulated: EmulatedBackend
+) -> None:
+    def said(dim: int = 64, **options: Any) -> str:
+        eight = torch.randn(1, 1, 33, dim).to(torch.float8_e4m3fn)
+        fastattn.explain(fastattn.attention_fp8, eight, eight, eight, backend="cuda", **options)
+        text = capsys.readouterr().out
+        assert "not yet run on a GPU" in text
+        return text
+
+    assert "cuda       RUNS: Hopper (sm_90a: TMA, wgmma of e4m3), forward, tiles of 128 queries x 128 keys" in said()
+    assert "persistent, summed in float32" in said(causal=True)
+    masked = said(mask=torch.ones(33, 33, dtype=torch.bool), softcap=2.0)
+    assert "widened to float32 first (a mask with float8_e4m3fn; softcap with float8_e4m3fn): general SIMT" in masked
+    assert "widened to float32 first (head_dim_qk 72: must be a multiple of 16, at most 256)" in said(72)
+    assert "widened to float32 first (softmax_scale -1: must be positive)" in said(softmax_scale=-1.0)
+    monkeypatch.setenv("FASTATTN_EMULATED_CAPABILITY", "80")
+    assert "widened to float32 first (compute capability is not 9.0, which the e4m3 kernel is for)" in said(48)
