@@ -142,6 +142,20 @@ def test_scales_are_checked_where_asked_for() -> None:
         fastattn.attention_fp8(EIGHT, EIGHT, EIGHT, k_descale=scales)
 
 
+def test_the_table_of_errors_tells_the_kernel_from_the_naive() -> None:
+    """Of values around 1, which sums that are cut lose most of: a model of tensor cores, not a measurement."""
+    pytest.importorskip("rich")
+    from benchmarks import e4m3
+
+    assert e4m3.cut(torch.tensor([1 + 2**-13, -1 - 2**-14])).tolist() == [1 + 2**-13, -1.0]
+    names = ("bfloat16", "widened", "weights", "short", "long", "naive")
+    found = dict(zip(names, e4m3.errors(e4m3.KINDS[2], 2048).values(), strict=True))
+    assert found["bfloat16"] < 0.01 and found["weights"] <= found["short"] < found["long"] < found["naive"]
+    assert found["long"] > 1.2 * found["short"] and found["naive"] > 10 * found["short"]
+    made = e4m3.table((256,))
+    assert len(made.headers) == 4 and len(made.rows) == 6
+
+
 def test_what_runs_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     fastattn.explain(fastattn.attention_fp8, EIGHT, EIGHT, EIGHT, causal=True)
     text = capsys.readouterr().out
