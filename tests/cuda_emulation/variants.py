@@ -47,7 +47,7 @@ def prepared(kind: str, inputs: Inputs) -> tuple[Callable[[], Results], Results,
     """The call, the naive results and the oracle's."""
     if kind == "e4m3":
         eight = Quantised.of(inputs)
-        return eight.run, eight.naive_e4m3(), eight.oracle()
+        return eight.run, eight.naive(), eight.oracle()
     window = {"causal": inputs.case.causal, "window": inputs.case.window, "offset": inputs.case.offset}
 
     def run() -> Results:
