@@ -176,7 +176,7 @@ COLUMNS = {
     "forward-BFloat16-256": {80, 256},
     "forward_fp8-E4M3-64": {128, 64},
     "forward_fp8-E4M3-128": {128},
-    "forward_fp8-E4M3-256": {128, 256},
+    "forward_fp8-E4M3-256": {128},
     "backward-BFloat16-64": {64},
     "backward-BFloat16-128": {64, 128},
 }
@@ -196,7 +196,7 @@ def test_shapes_of_the_products(kernel: str) -> None:
     assert wgmma_columns(hopper_object(kernel)) >= COLUMNS[kernel]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_softmax_runs_beside_the_product(head_dim: int) -> None:
     """In both loops, S has arrived (all but one group of products is done), the weights of its 128 keys are computed,
     and only then P V is waited for: the compiler is free to move arithmetic across that wait."""

@@ -68,7 +68,9 @@ void fp8_forward(const AttentionParams& p, void* stream) {
     check(p.workspace != nullptr, "the forward needs ", fp8_workspace_bytes(p), " bytes of workspace");
     const int dim = head_dim_of(p), variant = forward_variant(p);
     const auto units = static_cast<int>(multiprocessors(p.device));
-    (dim == 64 ? forward_fp8<64> : dim == 128 ? forward_fp8<128> : forward_fp8<256>)(p, variant, units, stream);
+    if (dim == 64) return forward_fp8<64>(p, variant, units, stream);
+    if (dim == 128) return forward_fp8<128>(p, variant, units, stream);
+    forward_fp8<256>(p, variant, units, stream);
 }
 
 }  // namespace fastattn::cuda::sm90

@@ -97,6 +97,8 @@ struct ForwardFp8 {
     static constexpr ForwardTile kTile = e4m3_tile(kHeadDim, kVariant).tile;
     static constexpr bool kCollect = e4m3_tile(kHeadDim, kVariant).collect;
     static constexpr int kKeys = kTile.keys, kGroups = kTile.consumers(), kExponent = 8;
+    static constexpr int kPart = kHeadDim < 128 ? kHeadDim : 128;  // columns of O that are collected at a time
+    static constexpr bool kInParts = kCollect && kPart < kHeadDim;
     static constexpr int kRegisters[] = {kTile.producer_registers(), kTile.consumer_registers()};
     // Of pairs of elements, whose bytes lie like 16-bit ones; Q and the output of 64 queries, a warpgroup's.
     using Queries = Operand<64, kHeadDim / 2>;
@@ -175,20 +177,22 @@ struct ForwardFp8 {
     }
 
 private:
-    // O of a lane. Products are added to `sum` by the tensor cores, or come in `part` and are added here.
+    // O of a lane. Products are added to `sum` by the tensor cores, or come in `part`, kPart columns at a time, and are
+    // added here.
     struct Sum {
+        static constexpr int kCount = kCollect ? kPart / 2 : 1;
         float sum[kHeadDim / 2] = {};
-        float part[kCollect ? kHeadDim / 2 : 1];
+        float part[kCount];
         float behind[2] = {};  // what brings sum to the maximum that part was computed with
 
-        // Starts the product with the weights of one tile.
-        FASTATTN_DEVICE void multiply(const uint32_t (&weights)[kKeys / 32][4], uint32_t tile) {
+        // Starts the product with the weights of one tile, of all columns or those of one part.
+        FASTATTN_DEVICE void multiply(const uint32_t (&weights)[kKeys / 32][4], uint32_t tile, int n = 0) {
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kKeys / 32; ++step) {
-                const uint64_t values = Values::k_major(tile, 0, step);
+                const uint64_t values = Values::k_major(tile, n * kPart, step);
                 if constexpr (kCollect) {
-                    wgmma_rs<E4M3, kHeadDim>(part, weights[step], values, step > 0);
+                    wgmma_rs<E4M3, kPart>(part, weights[step], values, step > 0);
                 } else {
                     wgmma_rs<E4M3, kHeadDim>(sum, weights[step], values, true);
                 }
@@ -202,17 +206,22 @@ private:
                 wgmma_wait<0>(sum);
             }
         }
+        FASTATTN_DEVICE void add_part(int n) {
+#pragma unroll
+            for (int e = 0; e < kCount; ++e) {
+                float& x = sum[n * kCount + e];
+                x = fmaf(x, behind[e / 2 & 1], part[e]);
+            }
+        }
         // The product has arrived, and the next is of a tile that shrinks all before it.
         FASTATTN_DEVICE void collect(const float (&shrink)[2]) {
+            if constexpr (kCollect) {
+                add_part(0);
+                behind[0] = shrink[0], behind[1] = shrink[1];
+            } else {
 #pragma unroll
-            for (int e = 0; e < kHeadDim / 2; ++e) {
-                if constexpr (kCollect) {
-                    sum[e] = fmaf(sum[e], behind[e / 2 & 1], part[e]);
-                } else {
-                    sum[e] *= shrink[e / 2 & 1];
-                }
+                for (int e = 0; e < kHeadDim / 2; ++e) sum[e] *= shrink[e / 2 & 1];
             }
-            behind[0] = shrink[0], behind[1] = shrink[1];
         }
     };
 
@@ -271,6 +280,7 @@ private:
     FASTATTN_DEVICE void attend(const TileWork& work, int group, Softmax& softmax, Sum& out, KeyRing& keys,
                                 ValueRing& values) const {
         const int i0 = work.i0 + 64 * group, count = work.tiles.count(), masked = work.tiles.masked();
+        if constexpr (kInParts) return attend_in_parts(work, group, softmax, out, keys, values);
         uint32_t weights[kKeys / 32][4];
         float shrink[2] = {1.f, 1.f};
         {
@@ -296,6 +306,36 @@ private:
         out.wait();
         values.release();
         out.collect(shrink);
+    }
+
+    // Where O and a part of a product leave no room for another tile's S: a tile after the other. Tensor cores are kept
+    // busy by another warpgroup while this one computes weights.
+    FASTATTN_DEVICE void attend_in_parts(const TileWork& work, int group, Softmax& softmax, Sum& out, KeyRing& keys,
+                                         ValueRing& values) const {
+#pragma unroll 1
+        for (int n = 0; n < work.tiles.count(); ++n) {
+            uint32_t weights[kKeys / 32][4];
+            {
+                float s[kKeys / 2];
+                keys.await();
+                wait_turn(group);
+                multiply_keys(s, group, keys.tile());
+                pass_turn(group);
+                wgmma_wait<0>(s);
+                keys.release();
+                if (n < work.tiles.masked()) hide(s, work.i0 + 64 * group, work.tiles.at(n) * kKeys);
+                softmax.template weigh<true>(s, out.behind);
+                pack_weights(weights, s);
+            }
+            values.await();
+#pragma unroll
+            for (int part = 0; part < kHeadDim / kPart; ++part) {
+                out.multiply(weights, values.tile(), part);
+                out.wait();
+                out.add_part(part);
+            }
+            values.release();
+        }
     }
 
     // S of a tile, which has arrived, beside P V of the one before, whose weights become this one's.
