@@ -26,9 +26,9 @@ class Quantised:
     @staticmethod
     def of(inputs: Inputs) -> Quantised:
         """Heads of different sizes, so that their scales differ; the layout of the inputs."""
-        heads = inputs.case.heads_k
-        sizes = torch.logspace(-1, 1, heads).view(-1, 1, 1)
-        q, q_descale = fastattn.quantize_fp8(inputs.q / reference.repeat_heads(sizes[None], inputs.case.heads_q), heads)
+        batch, heads = inputs.case.batch, inputs.case.heads_k
+        sizes = torch.logspace(-1, 1, batch * heads).view(batch, heads, 1, 1).to(inputs.q.device)
+        q, q_descale = fastattn.quantize_fp8(inputs.q / reference.repeat_heads(sizes, inputs.case.heads_q), heads)
         (k, k_descale), (v, v_descale) = (fastattn.quantize_fp8(x * sizes) for x in (inputs.k, inputs.v))
         return Quantised(inputs, q, k, v, {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
+from fastattn import dispatch, reference
 from tests.cases import Case
 from tests.fp8 import Quantised
 from tests.tolerance import assert_close_to_oracle
@@ -27,7 +27,7 @@ TINY = 2e-6  # of lse, a few ulp
 
 
 def rms(error: torch.Tensor, head: int) -> float:
-    return float(error[:, head].nan_to_num().square().mean().sqrt())
+    return float(error.flatten(0, 1)[head].nan_to_num().square().mean().sqrt())
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +59,9 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
         actual = call.run(backend="cuda")
         assert emulated.emulator.statistics().wgmma > 0, "another forward ran"
         for name, value in actual.items():
-            for head in range(case.heads_q):  # each by itself: values of one head are 100 times those of another
+            for head in range(case.batch * case.heads_q):  # each by itself: values of one may be 100 times another's
                 of = f"{case.name} {name} of head {head}, order {seed}"
-                assert_close_to_oracle(value[:, head], naive[name][:, head], oracle[name][:, head], of)
+                assert_close_to_oracle(*(x.flatten(0, 1)[head] for x in (value, naive[name], oracle[name])), of)
                 assert rms(value - oracle[name], head) <= 1.1 * rms(rounded[name] - oracle[name], head) + TINY, of
             assert torch.equal(first.setdefault(name, value), value), f"{name} depends on the order of threads"
 
@@ -90,6 +90,31 @@ def test_a_broken_key_reaches_the_queries_that_see_it_alone(dim: int) -> None:
     out[broken.expand_as(out)] = naive["out"][broken.expand_as(out)]
     for head in range(2):
         assert_close_to_oracle(out[:, head], naive["out"][:, head], oracle["out"][:, head], f"head {head}")
+
+
+def test_scales_that_vanish_together() -> None:
+    """A head of zeros has the smallest scale there is; two of them multiply to 0, and every key counts the same."""
+    (q, q_descale), (v, v_descale) = (
+        fastattn.quantize_fp8(x) for x in (torch.zeros(1, 1, 20, 64), torch.randn(1, 1, 20, 64))
+    )
+    scales = {"q_descale": q_descale, "k_descale": q_descale, "v_descale": v_descale}
+    out, lse = fastattn.attention_fp8(q, q, v, **scales, causal=True, return_lse=True, backend="cuda")
+    mean = (v.double() * v_descale.double()[..., None, None]).cumsum(2) / torch.arange(1, 21)[:, None]
+    assert_close_to_oracle(out, mean.bfloat16(), mean)
+    assert_close_to_oracle(lse, mean[..., 0].float(), torch.arange(1.0, 21).double().log().view(1, 1, -1))
+
+
+def test_many_small_weights_count_beside_a_large_one() -> None:
+    """800 keys of weight 2^-10.1 beside one of weight 1: e4m3 has no number below 2^-9, but 2^8 times them is in it."""
+    q, k = (torch.zeros(1, 1, n, 64) for n in (1, 801))
+    q[..., 0], k[:, :, 0, 0] = 8, 7
+    v = 1 + torch.rand(1, 1, 801, 64)
+    v[:, :, 0] = -1
+    eight = [x.to(torch.float8_e4m3fn) for x in (q, k, v)]
+    wide = [x.double() for x in eight]
+    want = reference.attention(*wide, softmax_scale=1 / 8)
+    assert want.min() > 0, "without the small ones it is -1"
+    assert_close_to_oracle(fastattn.attention_fp8(*eight, softmax_scale=1 / 8, backend="cuda"), want.bfloat16(), want)
 
 
 def test_other_layouts_are_copied(emulated: EmulatedBackend) -> None:
