@@ -109,7 +109,9 @@ def cuda_sources(hopper: bool = True) -> list[Source]:
 
 def hopper_sources() -> list[Source]:
     timed = ("-DFASTATTN_SM90_VARIANTS",) if os.environ.get("FASTATTN_SM90_VARIANTS") == "1" else ()
-    sources = [Source("csrc/cuda/sm90/dispatch.cu", flags=timed, hopper=True)]
+    sources = [Source(f"csrc/cuda/sm90/{name}.cu", flags=timed, hopper=True) for name in ("dispatch", "dispatch_fp8")]
+    for dim in ("64", "128", "256"):
+        sources.append(Source("csrc/cuda/sm90/forward_fp8.cu", _defines("E4M3", dim), timed, hopper=True))
     kernels = {"forward": (64, 96, 128, 192, 256), "backward": (64, 128), "decode": (64, 128, 256)}
     for kernel, dims in kernels.items():
         for dtype in ("Half", "BFloat16"):

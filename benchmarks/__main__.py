@@ -7,6 +7,7 @@
     python -m benchmarks report results.json        tables and plot anew from rows
     python -m benchmarks tune                       Triton's configs and variants, on a GPU, beside torch's kernels
     python -m benchmarks cuda --seconds 240         CUDA kernels and their variants, on a GPU, beside cuDNN and FA3
+    python -m benchmarks e4m3                       errors of attention on 8-bit floats
     python -m benchmarks order results.json         who is asked first on a GPU: fastattn/measured.py, from rows
 
 Exits with 1 if a check fails.
@@ -32,7 +33,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="*", default=["all"], help=f"all, {', '.join(SUITES)}; tune; cuda; or report or order, then files"
+        "what",
+        nargs="*",
+        default=["all"],
+        help=f"all, {', '.join(SUITES)}; tune; cuda; e4m3; or report or order, then files",
     )
     parser.add_argument("--text", type=Path, help="text to check on (default: the project's documentation)")
     parser.add_argument("--out", type=Path, help="folder for results (default: benchmarks/out)")
@@ -48,7 +52,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             _check_results(parser, Path(name))
         return parsed
     _check_device(parser, parsed.device)
-    if parsed.what in (["tune"], ["cuda"]):
+    if parsed.what in (["tune"], ["cuda"], ["e4m3"]):
         return parsed
     unknown = sorted(set(parsed.what) - {*SUITES, "all"})
     if unknown:
@@ -103,6 +107,10 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.tune import run as tune
 
         return tune(options.out or Path(__file__).parent / "out", device, options.quick, list(arguments))
+    if options.what == ["e4m3"]:
+        from benchmarks.e4m3 import run as e4m3
+
+        return e4m3(options.quick)
     if options.what == ["cuda"]:
         from benchmarks.cuda import run as cuda
 

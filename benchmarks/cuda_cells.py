@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from benchmarks.peers import Case
 from fastattn import dispatch
 from fastattn.backends import cuda
 from fastattn.backends.native import pack_call
+from fastattn.spec import FP8, AttentionSpec
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, the output's gradient
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -30,6 +31,7 @@ TOKENS, WIDTH = 16384, 2048  # of a batch; heads times head_dim
 LENGTHS = (4096, 1024, 16384, 2048, 8192, 512, 32768)  # a run that is cut short has seen the range
 HEAD_DIMS = (128, 64, 256)
 GRADIENTS = ("dq", "dk", "dv")
+E4M3_LENGTHS = (4096, 16384)
 DECODE_KEYS = (16384, 1024, 131072, 4096, 65536)
 
 
@@ -40,30 +42,39 @@ class Cell:
     case: Case
     direction: str = "forward"  #: or backward
     deterministic: bool = False  #: under torch.use_deterministic_algorithms
+    e4m3: bool = False  #: inputs that e4m3 holds: 8-bit contenders take them as such, the others in 16 bits
 
     def __str__(self) -> str:
-        return f"{self.case} {self.direction}{' deterministic' if self.deterministic else ''}"
+        kind = f"{' deterministic' if self.deterministic else ''}{' e4m3' if self.e4m3 else ''}"
+        return f"{self.case} {self.direction}{kind}"
 
     def labels(self) -> dict[str, Any]:
-        decode = self.case.seqlen_q == 1
-        return {**self.case.labels(), "deterministic": self.deterministic, "decode": decode}
+        own = {"deterministic": self.deterministic, "decode": self.case.seqlen_q == 1, "e4m3": self.e4m3}
+        found = {**self.case.labels(), **own}
+        return {**found, "plain": found["plain"] and not self.e4m3}
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> Inputs:
         """In memory as ``(batch, seq, heads, head_dim)``, which is what projections give and all contenders take."""
         q, k, v, _, grad = self.case.inputs(dtype, device)
         q, k, v, grad = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad))
+        if self.e4m3:
+            q, k, v = (x.to(FP8).to(dtype) for x in (q, k, v))
         return q, k, v, grad
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who is timed. ``backward(q, k, v, grad)`` gives the call to be timed; None: by autograd through ``forward``."""
+    """Who is timed. ``backward(q, k, v, grad)`` gives the call to be timed; None: by autograd through ``forward``.
+
+    ``e4m3``: it takes q, k and v as 8-bit floats, which they are before its time is taken.
+    """
 
     name: str
     forward: Forward
     environment: Mapping[str, str] = field(default_factory=dict)  #: while it is called
     blank: str | None = None  #: why it is not run
     backward: Callable[[Tensor, Tensor, Tensor, Tensor], Gradients] | None = None
+    e4m3: bool = False
 
     @property
     def ours(self) -> bool:
@@ -75,7 +86,13 @@ def cells(quick: bool = False) -> list[Cell]:
     if quick:
         small = Case(1, 4, 70, 70, 32, causal=True, heads_k=2)
         decode = Case(1, 4, 1, 90, 32, heads_k=2)
-        return [Cell(small), Cell(small, "backward"), Cell(small, "backward", True), Cell(decode)]
+        return [
+            Cell(small),
+            Cell(small, "backward"),
+            Cell(small, "backward", True),
+            Cell(decode),
+            Cell(small, e4m3=True),
+        ]
     found = []
     kinds = (("forward", False), ("backward", False), ("backward", True))
     for length in LENGTHS:
@@ -86,6 +103,8 @@ def cells(quick: bool = False) -> list[Cell]:
                     found.append(Cell(case, direction, deterministic))
         if length == LENGTHS[0]:
             found += [Cell(Case(1, 64, 1, keys, 128, heads_k=8)) for keys in DECODE_KEYS]
+        if length in E4M3_LENGTHS:
+            found += [Cell(c.case, e4m3=True) for c in found if c.case.seqlen_q == length and c.direction == "forward"]
     return found
 
 
@@ -108,12 +127,15 @@ def contenders(cell: Cell, device: torch.device) -> list[Contender]:
     """fastattn's kernels, each variant of the Hopper forward among them, and torch's and FA3 beside them."""
     case = cell.case
     spec = case.spec(torch.bfloat16, device)
+    eight = replace(spec, dtype=FP8, needs_grad=False)
     found = []
 
-    def ours(name: str, backend: str, reason: str | None = None, **values: str) -> None:
-        reasons = [reason] if reason else dispatch.reasons_against(dispatch.get_backend(backend), spec)
-        call = partial(fastattn.attention, causal=case.causal, backend=backend)
-        found.append(Contender(f"fastattn {name}", call, values, "; ".join(reasons) or None))
+    def ours(name: str, backend: str, reason: str | None = None, e4m3: bool = False, **values: str) -> None:
+        asked = eight if e4m3 else spec
+        reasons = [reason] if reason else dispatch.reasons_against(dispatch.taker(backend, asked), asked)
+        function: Forward = fastattn.attention_fp8 if e4m3 else fastattn.attention  # type: ignore[assignment]
+        call = partial(function, causal=case.causal, backend=backend)
+        found.append(Contender(f"fastattn {name}", call, values, "; ".join(reasons) or None, e4m3=e4m3))
 
     def sdpa(kernel: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options = {"is_causal": case.causal, "enable_gqa": case.heads_k is not None}
@@ -124,10 +146,18 @@ def contenders(cell: Cell, device: torch.device) -> list[Contender]:
 
     if device.type == "cpu":
         ours("cpu", "cpu")
+        if cell.e4m3:
+            ours("cpu e4m3", "cpu", e4m3=True)
         return [*found, Contender("torch sdpa", partial(sdpa, None))]
     ours("cuda", "cuda")
-    for name, reason, values in _cuda_kernels(cell, device):
-        ours(f"cuda {name}", "cuda", reason, **values)
+    if cell.e4m3:
+        ours("cuda e4m3", "cuda", e4m3=True)
+        for name, reason, values in _cuda_kernels(cell, eight):
+            ours(f"cuda e4m3 {name}", "cuda", reason, True, **values)
+        found.append(replace(_fa3(cell), name="FA3 e4m3", e4m3=True))
+    else:
+        for name, reason, values in _cuda_kernels(cell, spec):
+            ours(f"cuda {name}", "cuda", reason, **values)
     ours("triton", "triton")
     found.append(Contender("torch cudnn", partial(sdpa, SDPBackend.CUDNN_ATTENTION)))
     found.append(Contender("torch flash", partial(sdpa, SDPBackend.FLASH_ATTENTION)))
@@ -135,11 +165,11 @@ def contenders(cell: Cell, device: torch.device) -> list[Contender]:
     return found
 
 
-def _cuda_kernels(cell: Cell, device: torch.device) -> Iterator[tuple[str, str | None, dict[str, str]]]:
+def _cuda_kernels(cell: Cell, spec: AttentionSpec) -> Iterator[tuple[str, str | None, dict[str, str]]]:
     """Name, reason against it and environment of sm80 and of each Hopper variant that is not the default."""
     if dispatch.get_backend("cuda").unavailable_reason() is not None:
         return
-    call = pack_call(cell.case.spec(torch.bfloat16, device))
+    call = pack_call(spec)
 
     def text(**values: str) -> str:
         with environment(values):
@@ -176,6 +206,8 @@ def _fa3(cell: Cell) -> Contender:
 def prepare(contender: Contender, cell: Cell, inputs: Inputs) -> Callable[[], Any]:
     """The call that is timed: returns the output, or the three gradients."""
     q, k, v, grad = inputs
+    if contender.e4m3:
+        q, k, v = (x.to(FP8) for x in (q, k, v))
     if cell.direction == "forward":
         return torch.no_grad()(lambda: contender.forward(q, k, v))
     if contender.backward is not None:

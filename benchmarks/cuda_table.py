@@ -14,6 +14,7 @@ TARGETS: dict[str, tuple[str | None, float, float | None]] = {
     "backward": (None, 1.0, 0.85),
     "backward, deterministic": ("torch cudnn", 1.2, 1.0),
     "decode": ("FA3", 1.2, None),
+    "forward, e4m3": ("FA3 e4m3", 1.0, 0.9),
 }
 DEFAULT = "fastattn cuda"
 
@@ -21,6 +22,8 @@ DEFAULT = "fastattn cuda"
 def section(row: Row) -> str:
     if row.labels.get("decode"):
         return "decode"
+    if row.labels.get("e4m3"):
+        return "forward, e4m3"
     return f"{row.direction}, deterministic" if row.labels.get("deterministic") else row.direction
 
 

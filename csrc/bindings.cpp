@@ -62,7 +62,7 @@ Tensor4 tensor(const py::object& packed) {
 
 void read_tables(AttentionParams& p, const py::object& packed) {
     if (!PyTuple_Check(packed.ptr())) throw py::type_error("tables must be None or a tuple of numbers");
-    TupleReader reader(py::reinterpret_borrow<py::tuple>(packed), 30);
+    TupleReader reader(py::reinterpret_borrow<py::tuple>(packed), 39);
     reader.table(p.alibi_slopes);
     reader.table(p.sinks);
     reader.table(p.q_segments);
@@ -73,6 +73,9 @@ void read_tables(AttentionParams& p, const py::object& packed) {
     reader.table(p.seqused_k);
     reader.table(p.leftpad_k);
     reader.table(p.block_table);
+    reader.table(p.q_descale);
+    reader.table(p.k_descale);
+    reader.table(p.v_descale);
 }
 
 AttentionParams forward_params(const py::tuple& call, uintptr_t dropout_seed, const py::object& q, const py::object& k,
@@ -164,6 +167,10 @@ std::string cuda_configuration(const py::tuple& call, bool has_mask, bool has_bi
     return cuda::configuration(cuda_call_params(call, has_mask, has_bias, false, 0), backward);
 }
 
+std::string cuda_e4m3_reason(const py::tuple& call, int64_t device) {
+    return cuda::e4m3_reason(cuda_call_params(call, false, false, false, device));
+}
+
 size_t cuda_forward_workspace_bytes(const py::tuple& call, int64_t device) {
     return cuda::forward_workspace_bytes(cuda_call_params(call, false, false, false, device));
 }
@@ -210,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTATTN_WITH_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_configuration", &cuda_configuration);
+    m.def("cuda_e4m3_reason", &cuda_e4m3_reason);
     m.def("cuda_forward_workspace_bytes", &cuda_forward_workspace_bytes);
     m.def("cuda_backward_workspace_bytes", &cuda_backward_workspace_bytes);
     m.def("cuda_forward", &cuda_forward);

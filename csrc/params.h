@@ -5,7 +5,7 @@
 
 namespace fastattn {
 
-enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3, kE4M3 = 4 };
 
 // A tensor of four dimensions in any strides, counted in elements; a broadcast dimension has stride 0.
 // For lse and the like, which have three dimensions, stride[3] is unused.
@@ -22,7 +22,7 @@ struct Table {
 };
 
 struct AttentionParams {
-    DType dtype;       // of q, k, v, out and their gradients
+    DType dtype;       // of q, k, v, out and their gradients; with kE4M3, out is of kBFloat16 and there are none
     DType bias_dtype;  // of bias and dbias
 
     int64_t batch;  // number of sequences
@@ -79,6 +79,9 @@ struct AttentionParams {
     Table<int32_t> seqused_k;     // (batch)
     Table<int32_t> leftpad_k;     // (batch)
     Table<int32_t> block_table;   // (batch, pages)
+    Table<float> q_descale;       // (batch, heads_k): q stands for q q_descale, likewise k and v; null: 1; kE4M3 only
+    Table<float> k_descale;       // (batch, heads_k)
+    Table<float> v_descale;       // (batch, heads_k)
 
     // Backward only. The sinks' gradient is not a kernel's: fastattn/ops.py takes it from lse.
     Tensor4 grad_out;       // like out

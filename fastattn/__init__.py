@@ -8,6 +8,7 @@ from fastattn.cache import apply_rotary, attention_with_kv_cache
 from fastattn.checks import debug_checks
 from fastattn.dispatch import use_backend
 from fastattn.explanation import explain
+from fastattn.fp8 import attention_fp8, quantize_fp8
 from fastattn.functional import attention, scaled_dot_product_attention
 from fastattn.kv_cache import KVCache, PagedKVCache
 from fastattn.modules import MultiHeadAttention
@@ -21,6 +22,7 @@ __all__ = [
     "PagedKVCache",
     "apply_rotary",
     "attention",
+    "attention_fp8",
     "attention_statistics",
     "attention_varlen",
     "attention_weights",
@@ -28,6 +30,7 @@ __all__ = [
     "debug_checks",
     "explain",
     "pad",
+    "quantize_fp8",
     "reference",
     "scaled_dot_product_attention",
     "swap_attention",

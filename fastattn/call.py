@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from fastattn import checks, dispatch, ops
+from fastattn import checks, dispatch, ops, validate
 from fastattn.backends.base import Backend, Tensors
 from fastattn.spec import (
+    SUPPORTED_DTYPES,
     UNBOUNDED,
     AttentionSpec,
     Window,
@@ -22,7 +23,6 @@ from fastattn.spec import (
     check_tensors,
     check_window,
 )
-from fastattn.validate import check_flag, check_integers, check_offset, check_sinks, check_slopes, check_softcap
 
 
 class Arguments(NamedTuple):
@@ -98,7 +98,7 @@ def draw_dropout_seed(device: torch.device) -> Tensor:
 
 def combine_window(causal: bool, window: Window | None) -> Window:
     """``causal`` and ``window`` as one pair."""
-    check_flag("causal", causal)
+    validate.check_flag("causal", causal)
     check_window(window)
     left, right = (side if side is None or side < UNBOUNDED else None for side in window or (None, None))
     return left, 0 if causal else right
@@ -245,17 +245,9 @@ def unfold(x: Tensor, like: Tensor, batch: tuple[int, ...]) -> Tensor:
     return x.unflatten(0, batch)
 
 
-def _check_seed(seed: Tensor, q: Tensor) -> None:
-    if not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
-        got = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
-        raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {got}")
-    if seed.device != q.device:
-        raise ValueError(f"dropout_seed must be on the query's device {q.device}, got {seed.device}")
-
-
 def seed_for(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
     if seed is not None:
-        _check_seed(seed, q)
+        validate.check_seed(seed, q)
     if dropout_p == 0:
         return None
     return draw_dropout_seed(q.device) if seed is None else seed
@@ -263,26 +255,26 @@ def seed_for(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
 
 def shape_tensors(s: Shaping, q: Tensor, seqlen_k: int, seqlen_q: int, batch: tuple[int, ...]) -> Shaping:
     """The tensors of ``s``, checked, in the shapes and types of :class:`~fastattn.backends.base.Tensors`."""
-    check_softcap(s.softcap)
+    validate.check_softcap(s.softcap)
     slopes, sinks, of_q, of_k, prefix = s[1:]
     heads, number = q.shape[1], math.prod(batch)
     if slopes is not None:
-        check_slopes(slopes, q, (*batch, heads))
+        validate.check_slopes(slopes, q, (*batch, heads))
         slopes = slopes.float() if slopes.dim() == 1 else _fold_rows(slopes.float(), batch, (heads,))
     if sinks is not None:
-        check_sinks(sinks, q)
+        validate.check_sinks(sinks, q)
         sinks = sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
     if of_q is None and of_k is not None:
         raise ValueError("k_segments needs q_segments beside it")
     if of_q is not None:
-        check_integers("q_segments", of_q, q, (*batch, seqlen_q))
+        validate.check_integers("q_segments", of_q, q, (*batch, seqlen_q))
         if of_k is None and seqlen_q != seqlen_k:
             raise ValueError(f"q_segments needs k_segments beside it: there are {seqlen_q} queries, {seqlen_k} keys")
         of_k = of_q if of_k is None else of_k
-        check_integers("k_segments", of_k, q, (*batch, seqlen_k))
+        validate.check_integers("k_segments", of_k, q, (*batch, seqlen_k))
         of_q, of_k = (_fold_rows(x.to(torch.int32), batch, (n,)) for x, n in ((of_q, seqlen_q), (of_k, seqlen_k)))
     if prefix is not None:
-        check_integers("prefix_lens", prefix, q, batch)
+        validate.check_integers("prefix_lens", prefix, q, batch)
         prefix = prefix.to(torch.int32).expand(batch).reshape(number)
     return Shaping(float(s.softcap), slopes, sinks, of_q, of_k, prefix)
 
@@ -302,18 +294,23 @@ def prepare(
     shaped: Shaping | None = None,
     gqa_hint: str | None = None,
     mask_name: str | None = None,
+    dtypes: tuple[torch.dtype, ...] = SUPPORTED_DTYPES,
 ) -> tuple[Arguments, tuple[int, ...]]:
     """Validate and normalise a call on ``(..., heads, seq, head_dim)`` tensors; also the batch shape to give back."""
     check_scale(softmax_scale)
     check_dropout(dropout_p)
-    check_offset(offset)
-    query, key, value = autocast(query, key, value)
-    signature = () if torch.compiler.is_compiling() else _signature(query, key, value, mask, bias, gqa_hint)
+    validate.check_offset(offset)
+    usual = dtypes is SUPPORTED_DTYPES
+    if usual:
+        query, key, value = autocast(query, key, value)
+    signature = (
+        () if torch.compiler.is_compiling() or not usual else _signature(query, key, value, mask, bias, gqa_hint)
+    )
     if signature in _known:
         q, k, v = query, key, value
         batch: tuple[int, ...] = q.shape[:1]
     else:
-        check_tensors(query, key, value)
+        check_tensors(query, key, value, dtypes)
         batch = _batch_shape(query, key, value)
         q, k, v = _fold(query, batch), _fold(key, batch), _fold(value, batch)
         check_shapes(q, k, v, gqa_hint)
@@ -344,7 +341,13 @@ def prepare(
 
 
 def prepare_options(
-    function: str, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    function: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: AttentionOptions,
+    backend: str | None = None,
+    dtypes: tuple[torch.dtype, ...] = SUPPORTED_DTYPES,
 ) -> tuple[Arguments, tuple[int, ...]]:
     """:func:`prepare` for a function that takes the options of a call as they were given."""
     if unknown := options.keys() - AttentionOptions.__annotations__.keys():
@@ -362,8 +365,9 @@ def prepare_options(
         get("softmax_scale"),
         get("dropout_p", 0.0),
         get("dropout_seed"),
-        None,
+        backend,
         shaping(*map(get, Shaping._fields)),
+        dtypes=dtypes,
     )
 
 

@@ -22,9 +22,9 @@ class debug_checks:
 
     Without it these values are trusted, on every device: one that is out of range reads or writes memory that is not
     its own. What is checked: cu_seqlens start at 0, do not decrease, end at the number of packed rows, and no sequence
-    is longer than ``max_seqlen``; ``seqused_k``, ``leftpad_k``, ``prefix_lens`` lie within the keys that there are;
-    the pages in use of a ``block_table`` exist; a cache has room for what is appended. Inside ``torch.compile``
-    nothing is checked.
+    is longer than ``max_seqlen``; ``seqused_k``, ``leftpad_k``, ``prefix_lens`` lie within the keys that there are; the
+    pages in use of a ``block_table`` exist; a cache has room for what is appended; scales of ``attention_fp8`` are
+    positive. Inside ``torch.compile`` nothing is checked.
 
     Args:
         enabled: False switches the checks off. Default: True.
@@ -72,6 +72,12 @@ def check_cumulative(name: str, cu_seqlens: Tensor, total: int, longest: int) ->
 
 def check_lengths(name: str, x: Tensor, limit: int | Tensor, what: str) -> None:
     _outside(name, x, 0, limit, what)
+
+
+def check_positive(name: str, x: Tensor) -> None:
+    if (wrong := (~(x > 0)).nonzero()).shape[0]:
+        at = tuple(wrong[0].tolist())
+        raise ValueError(f"{name}[{', '.join(map(str, at))}] is {x[at].item()}: must be positive")
 
 
 def check_pages(block_table: Tensor, num_pages: int, page_size: int, used: Tensor | None) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from fastattn import measured
 from fastattn.backends.base import Backend
-from fastattn.spec import AttentionSpec
+from fastattn.backends.widened import Widened
+from fastattn.spec import FP8, AttentionSpec
 
 _CLASSES = {
     "cpu": ("fastattn.backends.cpu", "CpuBackend"),
@@ -68,6 +69,8 @@ def _architecture() -> str:
 def _fastest(spec: AttentionSpec, direction: str) -> str | None:
     """What was measured to be fastest for such calls, None where nothing was: at the next larger head_dim (or the
     largest), and at the next smaller number of keys (or the smallest)."""
+    if spec.dtype is FP8:  # the only kernel that multiplies e4m3: elsewhere the tensors are widened first
+        return "cuda" if spec.device == "cuda" and not reasons_against(get_backend("cuda"), spec) else None
     if spec.device != "cuda" or not measured.FASTEST or spec.dtype not in (torch.float16, torch.bfloat16):
         return None
     if spec.mask or spec.bias or spec.dropout_p or spec.features():
@@ -94,6 +97,14 @@ def reasons_against(backend: Backend, spec: AttentionSpec) -> list[str]:
     return [unavailable] if unavailable else backend.unsupported_reasons(spec)
 
 
+def taker(name: str, spec: AttentionSpec) -> Backend:
+    """The backend of that name as it takes this call: e4m3 tensors are widened where it has no kernel for them."""
+    backend = get_backend(name)
+    if spec.dtype is FP8 and (reasons := reasons_against(backend, spec)):
+        return Widened(backend, reasons)
+    return backend
+
+
 def select(spec: AttentionSpec, backend: str = "", direction: str = "forward") -> Backend:
     """The backend that runs this direction of the call: the one named, or the first of :func:`order` that has no reason
     against it.
@@ -103,13 +114,14 @@ def select(spec: AttentionSpec, backend: str = "", direction: str = "forward") -
         ValueError: no backend has that name.
     """
     if backend:
-        chosen = get_backend(backend)
+        chosen = taker(backend, spec)
         if reasons := reasons_against(chosen, spec):
             raise RuntimeError(f"backend {backend!r} cannot run this call ({spec}): {'; '.join(reasons)}")
         return chosen
     for name in order(spec, direction):
-        if not reasons_against(get_backend(name), spec):
-            return get_backend(name)
+        chosen = taker(name, spec)
+        if not reasons_against(chosen, spec):
+            return chosen
     raise AssertionError("the reference backend runs everything")
 
 
@@ -158,7 +170,7 @@ def describe(spec: AttentionSpec | None, backend: str = "") -> str:
     back = "" if backend or not (spec.needs_grad or spec.needs_bias_grad) else select(spec, "", "backward").name
     runs = None
     for name in [*asked, *(n for n in _CLASSES if n not in asked)]:
-        candidate = get_backend(name)
+        candidate = taker(name, spec)
         reasons = reasons_against(candidate, spec)
         if reasons:
             text = f"no: {'; '.join(reasons)}"

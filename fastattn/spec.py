@@ -16,6 +16,8 @@ Shape4 = tuple[int, int, int, int]
 Window = tuple[int | None, int | None]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Of ``attention_fp8``: 4 exponent and 3 mantissa bits, largest value 448, NaN but no infinity.
+FP8 = torch.float8_e4m3fn
 
 #: What an unbounded side of a window becomes in a kernel: larger than any sequence, small enough to add to.
 UNBOUNDED = 1 << 40
@@ -94,6 +96,10 @@ class AttentionSpec:
         return self.compute_dtype
 
     @property
+    def out_dtype(self) -> torch.dtype:
+        return out_dtype(self.dtype)
+
+    @property
     def is_empty(self) -> bool:
         """No output element, or no key to attend to: nothing for a kernel to do."""
         if self.packed and (self.total_q == 0 or (self.total_k == 0 and self.page_size is None)):
@@ -129,8 +135,8 @@ class AttentionSpec:
 
     @cached_property
     def has_tables(self) -> bool:
-        """Whether the call has tensors beside q, k, v, mask, bias and dropout's seed."""
-        rows = self.segments or self.prefix or self.seqused_k or self.leftpad_k
+        """Whether the call may have tensors beside q, k, v, mask, bias and dropout's seed."""
+        rows = self.segments or self.prefix or self.seqused_k or self.leftpad_k or self.dtype is FP8
         return rows or self.alibi is not None or self.sinks or self.packed or self.page_size is not None
 
     def key_range(self, i: int) -> tuple[int, int]:
@@ -172,12 +178,13 @@ class AttentionSpec:
 
     def bytes(self, direction: str = "forward") -> int:
         """The least memory traffic: every input read once, every output written once (without mask and bias)."""
-        size = torch.empty((), dtype=self.dtype, device="meta").element_size()
+        size = self.dtype.itemsize
         q = self.heads_q * (self.total_q if self.packed else self.batch * self.seqlen_q)
         k = self.heads_k * (self.total_k or self.batch * self.seqlen_k)
         qo, kv = q * (self.head_dim_qk + self.head_dim_v) * size, k * (self.head_dim_qk + self.head_dim_v) * size
         lse = q * (8 if self.dtype is torch.float64 else 4)
-        forward, backward = qo + kv + lse, 2 * (qo + kv) + q * self.head_dim_v * size + 2 * lse
+        wider = q * self.head_dim_v * (self.out_dtype.itemsize - size)
+        forward, backward = qo + kv + lse + wider, 2 * (qo + kv) + q * self.head_dim_v * size + 2 * lse
         match direction:
             case "forward":
                 return forward
@@ -219,6 +226,11 @@ class AttentionSpec:
         return f"{feature} {details[feature]}" if feature in details else feature
 
 
+def out_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The output's type for queries of that type: the same, bfloat16 for e4m3."""
+    return torch.bfloat16 if dtype is FP8 else dtype
+
+
 def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
@@ -227,7 +239,7 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...] = SUPPORTED_DTYPES) -> None:
     """Raise on what no backend accepts in ``query``, ``key``, ``value``: kind, type, device, rank.
 
     Shapes are checked by :func:`check_shapes`, once all three are four-dimensional.
@@ -238,9 +250,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.layout is not torch.strided or x.is_quantized:
             kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
             raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
-    if q.dtype not in SUPPORTED_DTYPES or q.dtype != k.dtype or q.dtype != v.dtype:
+    if q.dtype not in dtypes or q.dtype != k.dtype or q.dtype != v.dtype:
         got = f"query {q.dtype}, key {k.dtype}, value {v.dtype}".replace("torch.", "")
-        raise TypeError(f"query, key and value must share one dtype of {dtype_names(SUPPORTED_DTYPES)}; got {got}")
+        hint = "; attention_fp8 takes float8_e4m3fn" if q.dtype is FP8 and FP8 not in dtypes else ""
+        raise TypeError(f"query, key and value must share one dtype of {dtype_names(dtypes)}; got {got}{hint}")
     if q.device != k.device or q.device != v.device:
         raise ValueError(
             f"query, key and value must be on one device; got query {q.device}, key {k.device}, value {v.device}"

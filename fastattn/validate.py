@@ -67,6 +67,24 @@ def check_sinks(sinks: Tensor, q: Tensor) -> None:
         raise ValueError(f"sinks must have shape (heads_q,) = ({q.shape[1]},), got {tuple(sinks.shape)}")
 
 
+def check_seed(seed: Tensor, q: Tensor) -> None:
+    """Raise unless ``dropout_seed`` is one int64 on the query's device."""
+    if not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
+        got = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {got}")
+    if seed.device != q.device:
+        raise ValueError(f"dropout_seed must be on the query's device {q.device}, got {seed.device}")
+
+
+def check_descale(name: str, x: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless a scale of e4m3 inputs is float32, of one element or ``expected``, ``(*batch, heads_k)``."""
+    _check_dense(name, x, q)
+    if x.dtype is not torch.float32:
+        raise TypeError(f"{name} must be float32, got {dtype_names((x.dtype,))}")
+    if x.numel() != 1 and tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have one element or shape (..., heads_k) = {expected}, got {tuple(x.shape)}")
+
+
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 

@@ -16,8 +16,8 @@ pytest.importorskip("rich")
 
 from benchmarks import cuda
 from benchmarks.__main__ import main
-from benchmarks.cuda_cells import HEAD_DIMS, Cell, Contender, cells, contenders, environment, one_head
-from benchmarks.cuda_table import cell_table, groups, ratio_rows, variant_table
+from benchmarks.cuda_cells import HEAD_DIMS, Cell, Contender, Truth, cells, contenders, environment, one_head, prepare
+from benchmarks.cuda_table import cell_table, groups, ratio_rows, section, variant_table
 from benchmarks.isolated import Child, Failure, Pulse
 from benchmarks.peers import Case
 from benchmarks.rows import Results, Row
@@ -39,7 +39,7 @@ def test_without_a_gpu_it_says_so(
 
 def test_cells_cover_the_grid_and_the_first_ones_every_kind() -> None:
     every = cells()
-    assert len(set(every)) == len(every) == 7 * 3 * 3 * 2 + 5
+    assert len(set(every)) == len(every) == 7 * 3 * 3 * 2 + 5 + 2 * 3 * 2
 
     def kinds(some: list[Cell]) -> set[tuple[Any, ...]]:
         return {(c.case.head_dim, c.case.causal, c.direction, c.deterministic, c.case.seqlen_q == 1) for c in some}
@@ -59,6 +59,20 @@ def test_the_oracle_is_the_reference(causal: bool) -> None:
     torch.testing.assert_close(one_head(q[0], k[0, 0], v[0, 0], None, causal, rows=7)["output"], out[0].detach())
     for name, x in zip(("dq", "dk", "dv"), wanted, strict=True):
         torch.testing.assert_close(got[name], x[0].reshape(got[name].shape))
+
+
+def test_cells_of_e4m3_have_numbers_that_16_bits_hold() -> None:
+    """And contenders that take them in 8 bits, held to the same rule."""
+    cell = Cell(SMALL, e4m3=True)
+    inputs = cell.inputs(torch.bfloat16, CPU)
+    assert all(torch.equal(x, x.to(torch.float8_e4m3fn).to(x.dtype)) for x in inputs[:3])
+    eight = next(c for c in contenders(cell, CPU) if c.e4m3)
+    out, truth = prepare(eight, cell, inputs)(), Truth.of(cell, inputs)
+    assert truth.complaint(out, torch.bfloat16)[1] is None
+    assert truth.complaint(1.5 * out, torch.bfloat16)[1] is not None
+    assert (
+        cell.labels()["plain"] is False and section(row("S1", "fastattn cuda e4m3", 1.0, e4m3=True)) == "forward, e4m3"
+    )
 
 
 def test_environment_is_put_back() -> None:
@@ -193,8 +207,8 @@ def test_tables() -> None:
     variants = {(r[0], r[1]): r[2] for r in variant_table(rows).rows}
     assert variants["64", "full"] == "cuda 1.00×, cuda sm90 v3 (128 x 128) 1.00×"
     assert variants["64", "causal"] == "cuda 1.00×"
-    section = groups(rows)
-    full = cell_table("forward", section["forward"])
+    sections = groups(rows)
+    full = cell_table("forward", sections["forward"])
     assert full.headers[3:] == ["torch cudnn", "FA3", "ratio"]
     assert full.rows[0] == ["S1", "50", "100 (cuda sm90 v3 (128 x 128))", "50", "25", "2.00×"]
-    assert cell_table("decode", section["decode"]).rows[0][1] == "10.0 µs, 50%"
+    assert cell_table("decode", sections["decode"]).rows[0][1] == "10.0 µs, 50%"

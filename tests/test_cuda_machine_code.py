@@ -39,13 +39,14 @@ class Row:
 
 TENSOR_CORES = ("HMMA", "LDSM")
 ROWS = (
-    Row(r"cuda-(attention|sm90-dispatch)", "80", 0),  # host code
+    Row(r"cuda-(attention|sm90-dispatch|sm90-dispatch_fp8)", "80", 0),  # host code
     Row(r"cuda-simt-.*", "80", 255),
     Row(r"cuda-sm80-prepare-.*", "80", 128),
     # Tensors in any strides, masks, dropout: loads element by element.
     Row(r"cuda-sm80-(forward_general|(dkdv|dq)-.*-true).*", "80", 255, TENSOR_CORES),
     Row(r"cuda-sm80-(forward|dkdv|dq)-.*", "80", 255, (*TENSOR_CORES, "LDGSTS")),
     Row(r"cuda-sm90-decode-.*", "90a", 255, (*TENSOR_CORES, "UTMALDG", "SYNCS")),
+    Row(r"cuda-sm90-forward_fp8-.*", "90a", 255, ("QGMMA", "UTMALDG", "USETMAXREG"), (*LOCAL_MEMORY, "HMMA", "HGMMA")),
     Row(
         r"cuda-sm90-.*(forward|backward|dkdv|dq).*",
         "90a",
@@ -73,25 +74,26 @@ def cuda_tool(name: str) -> str | None:
     return str(path) if path.exists() else None
 
 
-def opcodes(path: Path, arch: str) -> dict[str, Counter[str]]:
-    """Kernel -> how often each opcode stands in its machine code, modifiers left out."""
+def machine_code(path: Path, arch: str) -> dict[str, str]:
+    """Kernel -> its instructions, as text."""
     tool = cuda_tool("cuobjdump")
     assert tool is not None
     command = [tool, "-sass", "-arch", f"sm_{arch}", str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[str, Counter[str]] = {}
-    for part in re.split(r"^\s*Function : ", text, flags=re.M)[1:]:
-        name, code = part.split("\n", 1)
-        found[name] = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.M))
-    return found
+    parts = re.split(r"^\s*Function : ", text, flags=re.M)[1:]
+    return dict(part.split("\n", 1) for part in parts)
+
+
+def opcodes(path: Path, arch: str) -> dict[str, Counter[str]]:
+    """Kernel -> how often each opcode stands in its machine code, modifiers left out."""
+    opcode = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)"
+    return {name: Counter(re.findall(opcode, code, re.M)) for name, code in machine_code(path, arch).items()}
 
 
 def wgmma_columns(path: Path) -> set[int]:
-    """N of the products in an object: m64nNk16."""
-    tool = cuda_tool("cuobjdump")
-    assert tool is not None
-    text = subprocess.run([tool, "-sass", "-arch", "sm_90a", str(path)], capture_output=True, text=True, check=True)
-    return {int(n) for n in re.findall(r"HGMMA\.64x(\d+)x16", text.stdout)}
+    """N of the products in an object: m64nNk16, m64nNk32."""
+    code = "".join(machine_code(path, "90a").values())
+    return {int(n) for n in re.findall(r"[HQ]GMMA\.64x(\d+)x(?:16|32)", code)}
 
 
 def usage(log: str) -> list[tuple[str, str, int, int]]:
@@ -172,19 +174,37 @@ COLUMNS = {
     "forward-BFloat16-128": {176, 128},
     "forward-BFloat16-192": {112, 128},
     "forward-BFloat16-256": {80, 256},
+    "forward_fp8-E4M3-64": {128, 64},
+    "forward_fp8-E4M3-128": {128},
+    "forward_fp8-E4M3-256": {128},
     "backward-BFloat16-64": {64},
     "backward-BFloat16-128": {64, 128},
 }
 
 
-@pytest.mark.parametrize("kernel", COLUMNS)
-def test_shapes_of_the_products(kernel: str) -> None:
+def hopper_object(kernel: str) -> Path:
     path = BUILD / f"cuda-sm90-{kernel}.o"
     if not path.exists():
         pytest.skip("the extension was built here without its Hopper kernels (no nvcc, or FASTATTN_CUDA=0)")
     if cuda_tool("cuobjdump") is None:
         pytest.skip("no cuobjdump: install the CUDA toolkit or Triton")
-    assert wgmma_columns(path) >= COLUMNS[kernel]
+    return path
+
+
+@pytest.mark.parametrize("kernel", COLUMNS)
+def test_shapes_of_the_products(kernel: str) -> None:
+    assert wgmma_columns(hopper_object(kernel)) >= COLUMNS[kernel]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_softmax_runs_beside_the_product(head_dim: int) -> None:
+    """In both loops, S has arrived (all but one group of products is done), the weights of its 128 keys are computed,
+    and only then P V is waited for: the compiler is free to move arithmetic across that wait."""
+    for name, code in machine_code(hopper_object(f"forward_fp8-E4M3-{head_dim}"), "90a").items():
+        waits = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0"
+        exponentials = [len(re.findall("MUFU.EX2", between)) for between in re.findall(waits, code, re.S)]
+        assert len(exponentials) == (2 if "QGMMA" in code else 0), name
+        assert all(count >= 128 // 2 for count in exponentials), f"{name}: {exponentials}"
 
 
 #: Probe source -> architecture, and the opcodes that its wrappers stand for.
@@ -193,7 +213,7 @@ WRAPPERS = {
         "80",
         "HMMA LDSM LDGSTS LDGDEPBAR DEPBAR SHFL VOTE MUFU F2FP RED ATOMG LDS STS BAR",
     ),
-    "sm90": ("90a", "HGMMA UTMALDG UTMASTG UTMAREDG UBLKCP UBLKRED SYNCS STSM WARPGROUP FENCE"),
+    "sm90": ("90a", "HGMMA QGMMA UTMALDG UTMASTG UTMAREDG UBLKCP UBLKRED SYNCS STSM WARPGROUP FENCE"),
 }
 
 

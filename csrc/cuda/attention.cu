@@ -13,6 +13,7 @@
 #include "cuda/sm80/tiles.h"
 #ifdef FASTATTN_WITH_SM90
 #include "cuda/sm90/dispatch.h"
+#include "cuda/sm90/dispatch_fp8.h"
 #endif
 
 namespace fastattn::cuda {
@@ -157,8 +158,20 @@ std::string sm90_reason(const AttentionParams& p, bool backward) {
 
 }  // namespace
 
+std::string e4m3_reason([[maybe_unused]] const AttentionParams& p) {
+#ifdef FASTATTN_WITH_SM90
+    if (compute_capability(p.device) == 90) return sm90::fp8_reason(p);
+    return "compute capability is not 9.0, which the e4m3 kernel is for";
+#else
+    return "built without the Hopper kernels, of which the one for e4m3 is";
+#endif
+}
+
 std::string configuration(const AttentionParams& p, bool backward) {
     std::ostringstream text;
+#ifdef FASTATTN_WITH_SM90
+    if (p.dtype == DType::kE4M3) return sm90::fp8_configuration(p);
+#endif
 #ifdef FASTATTN_WITH_SM90
     if (use_sm90(p)) {
         const std::string reason = sm90_reason(p, backward);
@@ -184,6 +197,9 @@ std::string configuration(const AttentionParams& p, bool backward) {
 }
 
 size_t forward_workspace_bytes(const AttentionParams& p) {
+#ifdef FASTATTN_WITH_SM90
+    if (p.dtype == DType::kE4M3) return static_cast<size_t>(sm90::fp8_workspace_bytes(p));
+#endif
     const int64_t splits = num_splits(p);
     int64_t bytes = 0;
     if (splits > 1) bytes = static_cast<int64_t>(sizeof(float)) * splits * all_rows(p) * (p.head_dim_v + 1);
@@ -208,7 +224,12 @@ size_t backward_workspace_bytes(const AttentionParams& p) {
 void attention_forward(const AttentionParams& p, void* stream) {
     check_params(p);
     const DeviceGuard guard(p.device);
+    if (p.dtype == DType::kE4M3) {
+        const std::string reason = e4m3_reason(p);
+        check(reason.empty(), "e4m3: ", reason);
+    }
 #ifdef FASTATTN_WITH_SM90
+    if (p.dtype == DType::kE4M3) return sm90::fp8_forward(p, stream);
     if (use_sm90(p) && sm90_reason(p, false).empty()) return sm90::attention_forward(p, stream);
 #endif
     if (use_tensor_cores(p)) return forward_on_tensor_cores(p, stream);
@@ -217,6 +238,7 @@ void attention_forward(const AttentionParams& p, void* stream) {
 
 void attention_backward(const AttentionParams& p, void* stream) {
     check_params(p);
+    check(p.dtype != DType::kE4M3, "e4m3 has no backward");
     check(p.workspace != nullptr, "the backward needs ", backward_workspace_bytes(p), " bytes of workspace");
     const DeviceGuard guard(p.device);
 #ifdef FASTATTN_WITH_SM90

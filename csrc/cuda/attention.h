@@ -8,6 +8,9 @@
 
 namespace fastattn::cuda {
 
+// Why there is no kernel for a call on e4m3 tensors; empty where there is one. Strides are looked at where q has data.
+std::string e4m3_reason(const AttentionParams& params);
+
 // Which kernel and tiles a call gets, in words, for layouts that are read in chunks of 16 bytes.
 std::string configuration(const AttentionParams& params, bool backward);
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionSpec, out_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -31,6 +31,9 @@ class Tensors(NamedTuple):
     seqused_k: Tensor | None = None  #: int32 (batch,)
     leftpad_k: Tensor | None = None  #: int32 (batch,)
     block_table: Tensor | None = None  #: int32 (batch, pages)
+    q_descale: Tensor | None = None  #: float32 (batch, heads_k), of e4m3 inputs; None: 1
+    k_descale: Tensor | None = None  #: likewise
+    v_descale: Tensor | None = None  #: likewise
 
 
 class Backend(Protocol):
@@ -53,7 +56,7 @@ class Backend(Protocol):
         """The kernel and tile sizes that would run, for ``explain``."""
 
     def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
-        """``out``, of q's type and shape but with ``head_dim_v``, and ``lse``, of q's shape without ``head_dim``."""
+        """``out``, of ``spec.out_dtype``, q's shape but ``head_dim_v``; ``lse``, of q's shape without ``head_dim``."""
 
     def backward(
         self, spec: AttentionSpec, t: Tensors, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
@@ -67,15 +70,17 @@ class Backend(Protocol):
 def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:
     """An uninitialised ``(batch, heads, seq, head_dim)`` tensor, dense, with the order of heads and seq that ``x`` has.
 
-    A view of a ``(batch, seq, heads, head_dim)`` projection thus gets an output that folds back without a copy.
+    A view of a ``(batch, seq, heads, head_dim)`` projection thus gets an output that folds back without a copy. It is
+    of x's type, of bfloat16 for e4m3.
     """
     batch, heads, seq, dim = x.shape
+    dtype = out_dtype(x.dtype)
     if x.is_contiguous() and (head_dim is None or head_dim == dim):
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=dtype)
     dim = dim if head_dim is None else head_dim
     if heads > 1 and seq > 1 and x.stride(1) < x.stride(2):
-        return x.new_empty((batch, seq, heads, dim)).transpose(1, 2)
-    return x.new_empty((batch, heads, seq, dim))
+        return x.new_empty((batch, seq, heads, dim), dtype=dtype).transpose(1, 2)
+    return x.new_empty((batch, heads, seq, dim), dtype=dtype)
 
 
 def empty_lse(q: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse
-from fastattn.backends.native import DTYPE_CODES, backward_arguments, forward_arguments
-from fastattn.spec import AttentionSpec
+from fastattn.backends.native import backward_arguments, forward_arguments
+from fastattn.spec import SUPPORTED_DTYPES, AttentionSpec, dtype_names
 
 try:
     from fastattn import _C
@@ -34,8 +34,8 @@ class CpuBackend:
         reasons = []
         if torch.device(spec.device).type != "cpu":
             reasons.append(f"device {spec.device}: this backend runs on the CPU")
-        if spec.dtype not in DTYPE_CODES:
-            reasons.append(f"dtype {spec.dtype}")
+        if spec.dtype not in SUPPORTED_DTYPES:
+            reasons.append(f"dtype {dtype_names((spec.dtype,))}")
         for name in ("head_dim_qk", "head_dim_v"):
             if getattr(spec, name) > MAX_HEAD_DIM:
                 reasons.append(f"{name} {getattr(spec, name)}: at most {MAX_HEAD_DIM}")

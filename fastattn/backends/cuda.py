@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse
 from fastattn.backends.native import backward_arguments, forward_arguments, pack_call
-from fastattn.spec import AttentionSpec
+from fastattn.spec import FP8, AttentionSpec
 
 try:
     from fastattn import _C
@@ -43,8 +43,29 @@ def _forward_workspace_bytes(spec: AttentionSpec, device: int) -> int:
     return _C.cuda_forward_workspace_bytes(pack_call(spec), device)
 
 
+def _e4m3_reasons(spec: AttentionSpec) -> list[str]:
+    """Why there is no kernel for such a call on e4m3 tensors as they are."""
+    asked = {"a mask": spec.mask, "a bias": spec.bias, "dropout": spec.dropout_p}
+    features = [*(name for name, wanted in asked.items() if wanted), *spec.features()]
+    if spec.needs_grad or spec.needs_bias_grad:
+        features.append("a gradient")
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    kernel = _C.cuda_e4m3_reason(pack_call(spec), device)
+    return [*(f"{feature} with float8_e4m3fn" for feature in features), *filter(None, [kernel])]
+
+
+def _in_chunks(x: Tensor) -> Tensor:
+    """``x``, or a dense copy where its rows are not whole chunks of 16 e4m3 numbers, which is what TMA can step to."""
+    steps = (stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1)
+    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps):
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
 class CudaBackend:
     """float16 and bfloat16 on tensor cores, float32 without; summed in float32; head dimensions to ``MAX_HEAD_DIM``.
+
+    float8_e4m3fn, forward only, on compute capability 9.0.
 
     dQ of the 16-bit types is summed by atomics, in an order that differs from run to run, unless
     ``torch.use_deterministic_algorithms`` asks for one order; everything else always has one.
@@ -74,7 +95,9 @@ class CudaBackend:
         elif self.unavailable_reason() is None and _capability(spec.device) < _lowest_capability():
             have = ".".join(map(str, _capability(spec.device)))
             reasons.append(f"compute capability {have}: the kernels were compiled for {_C.cuda_archs}")
-        if spec.dtype not in DTYPES:
+        if spec.dtype is FP8:
+            reasons += _e4m3_reasons(spec) if self.unavailable_reason() is None else []
+        elif spec.dtype not in DTYPES:
             reasons.append(f"dtype {str(spec.dtype).removeprefix('torch.')}: float16, bfloat16 and float32 only")
         if spec.bias_dtype is not None and spec.bias_dtype not in DTYPES:
             reasons.append(f"bias dtype {str(spec.bias_dtype).removeprefix('torch.')}")
@@ -104,6 +127,8 @@ class CudaBackend:
     def forward(self, spec: AttentionSpec, t: Tensors) -> tuple[Tensor, Tensor]:
         out = empty_like_layout(t.q, spec.head_dim_v)
         lse = empty_lse(t.q)
+        if spec.dtype is FP8:
+            t = t._replace(q=_in_chunks(t.q), k=_in_chunks(t.k), v=_in_chunks(t.v))
         device = t.q.get_device()
         workspace = self._workspace(_forward_workspace_bytes(spec, device), t.q)
         _C.cuda_forward(*forward_arguments(spec, t, out, lse), workspace.data_ptr(), device, self._stream(t.q))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Tensors
-from fastattn.spec import UNBOUNDED, AttentionSpec
+from fastattn.spec import FP8, UNBOUNDED, AttentionSpec
 
 #: The order of ``fastattn::DType`` in ``csrc/params.h``.
-DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3, FP8: 4}
 
 Packed = tuple[int, ...] | None
 
@@ -94,6 +94,9 @@ def pack_tables(t: Tensors) -> tuple[int, ...]:
         *pack_table(t.seqused_k),
         *pack_table(t.leftpad_k),
         *pack_table(t.block_table),
+        *pack_table(t.q_descale),
+        *pack_table(t.k_descale),
+        *pack_table(t.v_descale),
     )
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse
-from fastattn.spec import AttentionSpec
+from fastattn.spec import FP8, AttentionSpec, dtype_names
 
 
 class ReferenceBackend:
-    """Runs everything, everywhere, in float32 (float64 for float64 inputs), with O(seq_q · seq_k) memory.
+    """Runs everything (but e4m3 widened), everywhere, in float32 or float64, with O(seq_q · seq_k) memory.
 
     Packed and paged tensors are first laid out as ``(batch, heads, seq, head_dim)``. The number of splits changes
     nothing here: there is one sum.
@@ -26,7 +26,7 @@ class ReferenceBackend:
         return None
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        return []
+        return [f"dtype {dtype_names((spec.dtype,))}"] if spec.dtype is FP8 else []
 
     def configuration(self, spec: AttentionSpec) -> str:
         return "torch matrix products, whole score matrix in memory"

@@ -102,7 +102,7 @@ class _Allocations(TorchDispatchMode):
                 result.fill_(math.nan)  # an element that no kernel writes shows
             label = f"output {len(self._kept)} {tuple(result.shape)}"
             self._emulator.register(result, label, writable=True, initialised="empty" not in name)
-        elif name in ("zero_", "fill_"):
+        elif name in ("zero_", "fill_", "copy_"):
             self._emulator.register(args[0], f"filled {tuple(args[0].shape)}", writable=True)
         return result
 

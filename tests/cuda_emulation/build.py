@@ -52,7 +52,7 @@ def sources(csrc: Path = ROOT / "csrc", keep: str = "") -> dict[str, tuple[str, 
         "bindings.o": (f"{csrc}/bindings.cpp", BINDINGS),
     }
     for source in _setup().cuda_sources():
-        if source.path.endswith(("attention.cu", "dispatch.cu")) or re.search(keep, source.object):
+        if source.path.endswith(("attention.cu", "dispatch.cu", "dispatch_fp8.cu")) or re.search(keep, source.object):
             defines = " ".join(f"-D{name}={value}" for name, value in source.defines.items())
             path = f"{csrc}/{source.path.removeprefix('csrc/')}"
             found[source.object] = (path, " ".join([defines, *source.flags]))

@@ -48,6 +48,16 @@ DECODE = [
     case("decode-d256-window", (200, 256), (2, 350), (6, 1), used_k=(333,), window=(150, 0), num_splits=3),
     case("decode-more-queries-than-keys", 64, (12, 70), used_k=(9,), causal=True),
 ]
+# On e4m3: tiles of 128 keys, three stages, two at head_dim 256.
+FP8 = [
+    case("e4m3-d64-wraps", 64, (70, 7 * 128 - 1), (2, 1)),
+    case("e4m3-d64-causal", (48, 64), (200, 391), (2, 2), batch=2, causal=True),
+    case("e4m3-d128-wraps", 128, (65, 6 * 128 + 1), layout="bhsd"),
+    case("e4m3-d128-window", (112, 128), (190, 330), (4, 2), window=(70, 20), offset=60),
+    case("e4m3-d128-more-queries-than-keys", 128, (400, 77), (2, 1), causal=True),
+    case("e4m3-d256-causal", (256, 144), (150, 4 * 128 + 33), causal=True),
+    case("e4m3-one-query", (16, 32), (1, 33), (3, 1)),
+]
 
 
 def spoil_unused_keys(inputs: Inputs) -> None:

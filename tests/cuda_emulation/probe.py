@@ -24,7 +24,7 @@ class Probe:
 
     @property
     def sm90(self) -> bool:
-        return self.name.startswith(("stmatrix", "tma", "bulk", "wgmma"))
+        return self.name.startswith(("stmatrix", "tma", "bulk", "wgmma", "e4m3"))
 
     def check(self, actual: Tensor, expected: Tensor, against: str) -> None:
         if self.tolerance is None:
@@ -36,6 +36,10 @@ class Probe:
         x, y = actual.view(torch.float32).double(), expected.view(torch.float32).double()
         close = (x == y) | (x.isnan() & y.isnan()) | ((x - y).abs() <= self.tolerance)
         assert close.all(), f"{self.name}: {int((~close).sum())} values are too far from {against}"
+
+
+#: Every NaN is as good as another; all other results are bit for bit.
+NAN_ONLY = torch.zeros(())
 
 
 def words(x: Tensor) -> Tensor:
@@ -91,6 +95,16 @@ def _conversions() -> list[Probe]:
         y = torch.where(y.isnan(), torch.ones_like(y), y)
         found.append(Probe(f"unpack_{name}", words(y), words(y.float())))
     return found
+
+
+def _e4m3() -> list[Probe]:
+    """Halfway cases, below the smallest, above the largest, which is what they become; and all 256 of them back."""
+    halfway = torch.tensor([1.0625, 1.1875, 2**-10, 3 * 2**-10, 2**-6 - 2**-10, 15.5, 464.0, 464.1, 1e9, float("inf")])
+    x = torch.cat([halfway, -halfway, torch.tensor([0.0, -0.0, float("nan"), 449.0]), torch.randn(1000) * 100])
+    bits = torch.arange(256, dtype=torch.uint8)
+    y = bits.view(torch.float8_e4m3fn)
+    eight = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    return [Probe("e4m3_pack", words(x), words(eight)), Probe("e4m3_unpack", words(bits), words(y.float()), NAN_ONLY)]
 
 
 def _shuffles() -> list[Probe]:
@@ -155,11 +169,11 @@ def _copies() -> list[Probe]:
 
 def swizzle(rows: Tensor) -> Tensor:
     """Rows of 128 bytes as Swizzle::k128Bytes lays them: 16-byte chunk c of row r at chunk c ^ (r % 8)."""
-    chunks = rows.reshape(len(rows), 8, -1)
+    chunks = rows.view(torch.uint8).reshape(len(rows), 8, 16)
     r = torch.arange(len(rows))[:, None]
     laid = torch.empty_like(chunks)
     laid[r, torch.arange(8)[None] ^ (r % 8)] = chunks
-    return laid.reshape(rows.shape)
+    return laid.reshape(len(rows), 128).view(rows.dtype)
 
 
 def _tma() -> list[Probe]:
@@ -202,10 +216,13 @@ def _wgmma() -> list[Probe]:
         "ss_tb_half_128",
         "rs_half_96",
         "rs_tb_bfloat16_192",
+        "ss_e4m3_128",
+        "rs_e4m3_64",
     ):
         n = int(kind.rsplit("_", 1)[1])
-        dtype = torch.float16 if "half" in kind else torch.bfloat16
-        a, b = (torch.randint(-8, 9, (size, 64)).to(dtype) for size in (64, n))
+        dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}[kind.split("_")[-2]]
+        depth = 128 // dtype.itemsize  # sums of e4m3's products stay below 2^13, which tensor cores still hold exactly
+        a, b = (torch.randint(-8, 9, (size, depth)).to(dtype) for size in (64, n))
         # Transposed: (64 of K) x (columns), 64 columns after 64 columns, the last ones padded.
         turned_b = torch.cat([swizzle(part.T.contiguous()) for part in b.split(64)]) if "tb" in kind else None
         laid_a = swizzle(a.T.contiguous() if "ta" in kind else a)
@@ -223,5 +240,5 @@ def probes() -> list[Probe]:
     """All of them, with the same inputs every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        groups = (_functions, _conversions, _shuffles, _matrices, _mma, _copies, _tma, _wgmma)
+        groups = (_functions, _conversions, _e4m3, _shuffles, _matrices, _mma, _copies, _tma, _wgmma)
         return [probe for group in groups for probe in group()]

@@ -1,9 +1,9 @@
-// The tensor core instruction of sm_90a: d (64 x N, in registers) = a (64 x 16) b (16 x N) + d, issued by the four
-// warps of a warpgroup and done beside them.
+// The tensor core instruction of sm_90a: d (64 x N, in registers) = a (64 x 16) b (16 x N) + d, of e4m3 a (64 x 32) and
+// b (32 x N), issued by the four warps of a warpgroup and done beside them.
 #pragma once
 
-#include "cuda/ptx/convert.h"
 #include "cuda/ptx/descriptor.h"
+#include "cuda/ptx/e4m3.h"
 
 namespace fastattn::cuda {
 
@@ -33,10 +33,16 @@ FASTATTN_DEVICE void wgmma_wait(float (&... d)[R]) {
     (pin_registers(d), ...);
 }
 
-// "...: wgmma.mma_async.sp/m64nNk16". T: Half or BFloat16; N: those listed at the end of this file.
+// "...: wgmma.mma_async.sp/m64nNk16", "... /m64nNk32". T: Half, BFloat16 or E4M3; N: those listed at the end of this
+// file.
 //
 // d[4 j + r] of lane l of warp w: row 16 w + l / 4 + 8 (r / 2), column 8 j + 2 (l % 4) + r % 2.
 // A from registers (rs): as a of mma_m16n8k16, of the warp's 16 rows. Transposed: rows along M or N, see descriptor.h.
+//
+// E4M3: a step of K is 32 elements, the 32 bytes that 16 of the others are, so that descriptors and steps are the same;
+// both operands have rows along K. a[r] has row l / 4 + 8 (r % 2), columns 4 (l % 4) + 16 (r / 2) and the next three.
+// HAZARD: the unit keeps sums to some 13 bits of mantissa, not float's 23 (DeepSeek-AI, "DeepSeek-V3 Technical Report",
+// 2024, section 3.3.2; Zhang et al., "SageAttention2", 2024): long sums are to be added up in registers.
 template <typename T, int N>
 struct Wgmma;
 
@@ -121,8 +127,30 @@ FASTATTN_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_
                   "n"(int{kTransposeB}));                                                                              \
         }                                                                                                              \
     };
+#define FASTATTN_WGMMA_E4M3(N, n, p0, p1, p2, p3, p4, p5, p6)                                                          \
+    template <> struct Wgmma<E4M3, N> {                                                                                \
+        template <bool kTransposeA, bool kTransposeB>                                                                  \
+        static FASTATTN_DEVICE void ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {                   \
+            static_assert(!kTransposeA && !kTransposeB);                                                               \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p2 ", 0;\n"                                               \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" FASTATTN_PS##n "}, "                      \
+                p0 ", " p1 ", p, 1, 1;\n}\n"                                                                           \
+                : FASTATTN_DS##n                                                                                       \
+                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                  \
+        }                                                                                                              \
+        template <bool kTransposeB>                                                                                    \
+        static FASTATTN_DEVICE void rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {       \
+            static_assert(!kTransposeB);                                                                               \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p5 ", 0;\n"                                               \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" FASTATTN_PS##n "}, "                      \
+                "{" p0 ", " p1 ", " p2 ", " p3 "}, " p4 ", p, 1, 1;\n}\n"                                              \
+                : FASTATTN_DS##n                                                                                       \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));              \
+        }                                                                                                              \
+    };
 #define FASTATTN_WGMMA_N(N, n, ...) \
-    FASTATTN_WGMMA(Half, "f16", N, n, __VA_ARGS__) FASTATTN_WGMMA(BFloat16, "bf16", N, n, __VA_ARGS__)
+    FASTATTN_WGMMA(Half, "f16", N, n, __VA_ARGS__) FASTATTN_WGMMA(BFloat16, "bf16", N, n, __VA_ARGS__) \
+    FASTATTN_WGMMA_E4M3(N, n, __VA_ARGS__)
 
 // N, N / 16, and the operands that follow the N / 2 accumulators.
 FASTATTN_WGMMA_N(16, 1, "%8", "%9", "%10", "%11", "%12", "%13", "%14")

@@ -81,6 +81,8 @@ bool is_banded(const AttentionParams& p) {
     const int64_t offset = p.relative_offset ? p.offset + p.seqlen_k - p.seqlen_q : p.offset;
     return offset + p.right < p.seqlen_k - 1 || offset - p.left > 1 - p.seqlen_q;
 }
+}  // namespace
+
 int forward_variant(const AttentionParams& p) {
     if (const char* asked = std::getenv("FASTATTN_SM90_VARIANT")) {
         const int variant = std::atoi(asked);
@@ -90,6 +92,8 @@ int forward_variant(const AttentionParams& p) {
     }
     return is_banded(p) ? kBanded : kFull;
 }
+
+namespace {
 
 // Few queries: decode.h, which splits the keys.
 bool is_decode(const AttentionParams& p) { return p.seqlen_q <= kFewQueries; }

@@ -14,6 +14,9 @@ std::string backward_reason(const AttentionParams& params);
 // The kernel and its tiles in words, for a call without a reason.
 std::string configuration(const AttentionParams& params, bool backward);
 
+// The row of the table in tiles.h: by the band, or as FASTATTN_SM90_VARIANT asks.
+int forward_variant(const AttentionParams& params);
+
 // Bytes of params.workspace that the forward needs, for a call without a reason.
 int64_t forward_workspace_bytes(const AttentionParams& params);
 

@@ -13,6 +13,10 @@ namespace fastattn::cuda::sm90 {
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& params, int variant, int multiprocessors, void* stream);
 
+// e4m3. kHeadDim: 64, 128 or 256. workspace: forward_fp8.h.
+template <int kHeadDim>
+void forward_fp8(const AttentionParams& params, int variant, int multiprocessors, void* stream);
+
 // kHeadDim: 64, 128 or 256. num_splits is set, workspace: decode.h.
 template <typename T, int kHeadDim>
 void decode(const AttentionParams& params, void* stream);

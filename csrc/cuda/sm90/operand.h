@@ -32,13 +32,13 @@ struct Operand {
         const uint32_t linear = tile + chunk / kChunks * kSpanBytes + row * kRowBytes + chunk % kChunks * 16;
         return linear ^ (linear >> 3 & (kSpan == 64 ? 0x70 : 0x30));
     }
-    // Starts copying rows row .. row + kRows - 1 of a head to the tile. One thread, which has told the barrier of
-    // kBytes.
+    // Starts copying rows row .. row + kRows - 1 of a head, from column col on, to the tile. One thread, which has told
+    // the barrier of kBytes.
     static FASTATTN_DEVICE void load(uint32_t tile, const TensorMap& map, uint32_t barrier, int row, int head,
-                                     int batch) {
+                                     int batch, int col = 0) {
 #pragma unroll
         for (int n = 0; n < kSpans; ++n) {
-            tma_load(tile + n * kSpanBytes, map, barrier, n * kSpan, row, head, batch);
+            tma_load(tile + n * kSpanBytes, map, barrier, col + n * kSpan, row, head, batch);
         }
     }
     // The other way, for 64 rows of the tile from `first` on, of a map whose boxes have 64 rows. One thread commits.

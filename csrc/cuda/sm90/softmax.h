@@ -9,12 +9,14 @@
 
 namespace fastattn::cuda::sm90 {
 
-struct RowSoftmax {
+// Weights are 2^kExponent times what they are to be; so is their sum.
+template <int kExponent>
+struct ScaledRowSoftmax {
     float max[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.f, 0.f};  // of this lane's columns until finish()
     float unit;                 // softmax_scale log2(e), positive
 
-    FASTATTN_DEVICE explicit RowSoftmax(float unit) : unit(unit) {}
+    FASTATTN_DEVICE explicit ScaledRowSoftmax(float unit) : unit(unit) {}
 
     // Scores become weights; shrink is what earlier output is to be multiplied with. kMasked: a row may be all -inf.
     template <bool kMasked, int kCount>
@@ -28,7 +30,7 @@ struct RowSoftmax {
             const float pivot = kMasked && row_max == -INFINITY ? 0.f : row_max;  // -inf - -inf would be NaN
             shrink[half] = exp2_approx((max[half] - pivot) * unit);
             max[half] = row_max;
-            const float scaled_pivot = pivot * unit;
+            const float scaled_pivot = pivot * unit - kExponent;
             float row_sum = 0.f;
 #pragma unroll
             for (int n = 2 * half; n < kCount; n += 4) {
@@ -46,8 +48,10 @@ struct RowSoftmax {
     // What the output is to be multiplied with, and the natural log-sum-exp; 0 and -inf for a row that saw nothing.
     FASTATTN_DEVICE float normalizer(int half) const { return sum[half] == 0.f ? 0.f : 1.f / sum[half]; }
     FASTATTN_DEVICE float lse(int half) const {
-        return sum[half] == 0.f ? -INFINITY : fmaf(max[half], unit * kLn2, log2_approx(sum[half]) * kLn2);
+        if (sum[half] == 0.f) return -INFINITY;
+        return fmaf(max[half], unit * kLn2, (log2_approx(sum[half]) - kExponent) * kLn2);
     }
 };
+using RowSoftmax = ScaledRowSoftmax<0>;
 
 }  // namespace fastattn::cuda::sm90

@@ -68,6 +68,44 @@ constexpr uint32_t forward_shared_bytes(int head_dim, int variant) {
            8 * forward_barriers(t.stages);
 }
 
+// The forward on e4m3. With collect, each product of weights and values comes by itself and is added to the others in
+// registers, because tensor cores keep e4m3's sums to some 13 bits (cuda/ptx/wgmma.h); FlashAttention-3 as first
+// published does not, and loses accuracy with long sequences. At head_dim 256 the registers have room for half a
+// product then, and none for the next tile's S.
+struct E4M3Tile {
+    ForwardTile tile;
+    bool collect;
+};
+
+constexpr E4M3Tile default_e4m3_tile(int head_dim, bool banded) {
+    // K and V are half as large as in 16 bits, and used up in half the time: a third stage.
+    if (head_dim <= 128) return {{128, 128, 3, true, banded}, true};
+    return {{128, 128, 2, false, banded}, true};  // 192 KiB
+}
+
+struct E4M3TileSize {
+    int queries, keys, stages;
+    bool collect;
+};
+constexpr E4M3TileSize timed_e4m3_size(int head_dim, int n) {
+    if (head_dim == 64) return n == 0 ? E4M3TileSize{128, 192, 3, true} : E4M3TileSize{192, 128, 3, false};
+    if (head_dim == 128) return n == 0 ? E4M3TileSize{128, 128, 3, true} : E4M3TileSize{128, 192, 2, false};
+    return n == 0 ? E4M3TileSize{128, 128, 2, true} : E4M3TileSize{128, 128, 2, false};
+}
+// The variants are numbered like those of the other forward.
+constexpr E4M3Tile e4m3_tile(int head_dim, int variant) {
+    if (variant < kFirstTimed) return default_e4m3_tile(head_dim, variant == kBanded);
+    const int n = variant - kFirstTimed;
+    const E4M3TileSize size = timed_e4m3_size(head_dim, n / 4);
+    return {{size.queries, size.keys, size.stages, (n & 1) != 0, (n & 2) != 0}, size.collect};
+}
+
+// Q's place holds the output, which is twice as wide.
+constexpr uint32_t e4m3_shared_bytes(int head_dim, int variant) {
+    const ForwardTile t = e4m3_tile(head_dim, variant).tile;
+    return 2 * t.queries * head_dim + 2 * t.stages * t.keys * head_dim + 8 * forward_barriers(t.stages);
+}
+
 struct KeyTile {
     int queries, keys;  // of one step, of the block
     // K, V, two stages of Q, dO, dS and of each query's lse and delta, two parts of 64 x 64 sums of dQ, seven barriers.

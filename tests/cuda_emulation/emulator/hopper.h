@@ -5,7 +5,7 @@
 
 namespace fastattn::cuda::emulation {
 
-enum class Element : uint8_t { kFloat16, kBFloat16, kFloat32 };
+enum class Element : uint8_t { kFloat16, kBFloat16, kFloat32, kE4M3 };  // no tensor map of kE4M3
 
 struct TensorMap {
     char* base = nullptr;
@@ -42,7 +42,8 @@ struct WgmmaArguments {
     int n;
     const uint32_t* a;
     uint64_t a_descriptor, b_descriptor;
-    bool bfloat16, transpose_a, transpose_b, accumulate;
+    Element element;
+    bool transpose_a, transpose_b, accumulate;
 };
 void wgmma(const WgmmaArguments& arguments, Where where);
 void wgmma_fence(Where where);

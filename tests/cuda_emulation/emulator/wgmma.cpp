@@ -66,7 +66,7 @@ uint32_t chunk_along_mn(uint64_t d, uint32_t mn, uint32_t k) {
     return swizzled(field(d, 0) + k % 8 * row + c % per_row * 16 + c / per_row * across + k / 8 * down, row);
 }
 
-// f(address, mn, k) for each chunk of a size x 16 operand.
+// f(address, mn, k) for each chunk of a size x 16 operand, or size x 32 of e4m3, of which k counts pairs.
 template <typename F>
 void each_chunk(uint64_t descriptor, uint32_t size, bool transposed, F f) {
     if (transposed) {
@@ -89,7 +89,24 @@ void begin_operand(uint64_t d, uint32_t size, bool transposed, const char* what,
     });
 }
 
-float to_float(bool bfloat16, uint16_t bits) { return bfloat16 ? bfloat16_to_float(bits) : half_to_float(bits); }
+// Elements of a register.
+int packed(Element element) { return element == Element::kE4M3 ? 4 : 2; }
+
+float unpack(Element element, uint32_t word, int n) {
+    if (element == Element::kE4M3) return e4m3_to_float(static_cast<uint8_t>(word >> (8 * n)));
+    const auto bits = static_cast<uint16_t>(word >> (16 * n));
+    return element == Element::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+}
+
+// f(n, element) for those of the 16 bytes at address, which are no longer being read then.
+template <typename F>
+void take_chunk(Element element, uint32_t address, F f) {
+    uint32_t words[4];
+    std::memcpy(words, shared_pointer(address), 16);
+    end_read_shared(address, 16);
+    const int each = packed(element);
+    for (int n = 0; n < 4 * each; ++n) f(n, unpack(element, words[n / each], n % each));
+}
 
 void issue(void** lanes, Where where) {
     Warp& w = warp();
@@ -103,6 +120,9 @@ void issue(void** lanes, Where where) {
         }
     }
     if (w.block->threads % 128) fail(where, "wgmma: in a block of %d threads, no whole warpgroups", w.block->threads);
+    if (first.element == Element::kE4M3 && (first.transpose_a || first.transpose_b)) {
+        fail(where, "wgmma: operands of e4m3 have rows along K");
+    }
     if (!s.fenced) fail(where, "wgmma: no wgmma_fence() since registers could last be touched");
     auto& log = hopper(*w.block).issued[static_cast<size_t>(w.index / 4)];
     const uint64_t flags = static_cast<uint64_t>(first.n) | uint64_t{first.transpose_a} << 32 |
@@ -155,8 +175,9 @@ void issue(void** lanes, Where where) {
 }
 
 void execute(Operation& op, Where where) {
-    static float a[16][16], b[16][256], d[16][256];
+    static float a[16][32], b[32][256], d[16][256];
     const WgmmaArguments& x = op.arguments;
+    const int each = packed(x.element), depth = 8 * each;
     const uint32_t row0 = static_cast<uint32_t>(warp().index % 4 * 16);
     Accumulators& acc = *op.accumulators;
     if (x.a) {
@@ -165,32 +186,25 @@ void execute(Operation& op, Where where) {
                 fail(where, "wgmma: the A fragment of lane %d, issued at line %d, was changed before the wait", l,
                      op.line);
             }
-            const int g = l / 4, t = l % 4 * 2;
             for (int r = 0; r < 4; ++r) {
-                for (int half = 0; half < 2; ++half) {
-                    a[g + r % 2 * 8][t + half + r / 2 * 8] =
-                        to_float(x.bfloat16, static_cast<uint16_t>(op.a_value[l][r] >> (16 * half)));
+                for (int n = 0; n < each; ++n) {
+                    a[l / 4 + r % 2 * 8][l % 4 * each + n + r / 2 * depth / 2] = unpack(x.element, op.a_value[l][r], n);
                 }
             }
         }
     } else {
         each_chunk(x.a_descriptor, 64, x.transpose_a, [&](uint32_t address, uint32_t mn, uint32_t k) {
-            uint16_t bits[8];
-            std::memcpy(bits, shared_pointer(address), 16);
-            end_read_shared(address, 16);
-            if (mn < row0 || mn >= row0 + 16) return;
-            for (uint32_t n = 0; n < 8; ++n) {
-                (x.transpose_a ? a[mn - row0 + n][k] : a[mn - row0][k + n]) = to_float(x.bfloat16, bits[n]);
-            }
+            const bool mine = row0 <= mn && mn < row0 + 16;
+            take_chunk(x.element, address, [&](int n, float element) {
+                if (mine) (x.transpose_a ? a[mn - row0 + n][k] : a[mn - row0][k * each / 2 + n]) = element;
+            });
         });
     }
     each_chunk(x.b_descriptor, static_cast<uint32_t>(x.n), x.transpose_b,
                [&](uint32_t address, uint32_t mn, uint32_t k) {
-                   uint16_t bits[8];
-                   std::memcpy(bits, shared_pointer(address), 16);
-                   end_read_shared(address, 16);
-                   for (uint32_t n = 0; n < 8; ++n)
-                       (x.transpose_b ? b[k][mn + n] : b[k + n][mn]) = to_float(x.bfloat16, bits[n]);
+                   take_chunk(x.element, address, [&](int n, float element) {
+                       (x.transpose_b ? b[k][mn + n] : b[k * each / 2 + n][mn]) = element;
+                   });
                });
     const auto at = [&](int l, int n) -> float& { return acc.value[static_cast<size_t>(l * acc.count + n)]; };
     for (int l = 0; l < kWarp; ++l) {
@@ -199,7 +213,7 @@ void execute(Operation& op, Where where) {
         }
     }
     for (int i = 0; i < 16; ++i) {
-        for (int k = 0; k < 16; ++k) {
+        for (int k = 0; k < depth; ++k) {
             const float factor = a[i][k];
             for (int j = 0; j < x.n; ++j) d[i][j] += factor * b[k][j];
         }

@@ -124,7 +124,7 @@ bulk_kernel(FASTATTN_CONSTANT Buffers p) {
     bulk_wait<0>();
 }
 
-// in: A, then B, as they lie in shared memory, 128-byte swizzle, both 64 elements of 16 bits a row:
+// in: A, then B, as they lie in shared memory, 128-byte swizzle, both 64 elements of 16 bits (128 of 8) a row:
 //   A (64 x 64) by rows along K, or transposed by rows along M; B (N x 64) by rows along K, or transposed (64 x N) by
 //   rows along N, 64 columns after 64 columns.
 // out: the accumulators of D = A B, register by register.
@@ -168,6 +168,22 @@ wgmma_kernel(FASTATTN_CONSTANT Buffers p) {
     for (int n = 0; n < N / 2; ++n) store_global(p.out + n * kThreads + thread_index(), float_bits(d[n]));
 }
 
+// in: floats, or e4m3 numbers. out: four e4m3 numbers a word, or floats.
+FASTATTN_KERNEL(kThreads, 1) e4m3_pack_kernel(FASTATTN_CONSTANT Buffers p) {
+    for (int n = thread_index(); n < p.out_words; n += kThreads) {
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] = bits_float(load_global(p.in + 4 * n + e));
+        store_global(p.out + n, pack_e4m3(x[0], x[1], x[2], x[3]));
+    }
+}
+FASTATTN_KERNEL(kThreads, 1) e4m3_unpack_kernel(FASTATTN_CONSTANT Buffers p) {
+    for (int n = thread_index(); n < p.out_words; n += kThreads) {
+        const E4M3 x = {static_cast<uint8_t>(load_global(p.in + n / 4) >> n % 4 * 8)};
+        store_global(p.out + n, float_bits(to_float(x)));
+    }
+}
+
 }  // namespace
 
 extern const Entry kSm90[] = {
@@ -190,6 +206,10 @@ extern const Entry kSm90[] = {
     {"wgmma_ss_ta_bfloat16_80", run<wgmma_kernel<BFloat16, 80, false, true, false>>},
     {"wgmma_ss_tb_half_128", run<wgmma_kernel<Half, 128, false, false, true>>},
     {"wgmma_rs_half_96", run<wgmma_kernel<Half, 96, true, false, false>>},
+    {"wgmma_ss_e4m3_128", run<wgmma_kernel<E4M3, 128, false, false, false>>},
+    {"wgmma_rs_e4m3_64", run<wgmma_kernel<E4M3, 64, true, false, false>>},
+    {"e4m3_pack", run<e4m3_pack_kernel>},
+    {"e4m3_unpack", run<e4m3_unpack_kernel>},
     {"wgmma_rs_tb_bfloat16_192", run<wgmma_kernel<BFloat16, 192, true, false, true>>},
 };
 extern const int kSm90Count = sizeof(kSm90) / sizeof(Entry);

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "cuda/ptx/convert.h"
 #include "cuda/ptx/descriptor.h"
+#include "cuda/ptx/e4m3.h"
 #include "emulator/hopper.h"
 
 namespace fastattn::cuda {
@@ -45,15 +45,21 @@ void wgmma_wait(float (&)[A], float (&)[B], float (&)[C], Where where = Where::h
     emulation::wgmma_wait(kPending, where);
 }
 
+template <typename T>
+constexpr emulation::Element wgmma_element() {
+    if (std::is_same_v<T, E4M3>) return emulation::Element::kE4M3;
+    return std::is_same_v<T, BFloat16> ? emulation::Element::kBFloat16 : emulation::Element::kFloat16;
+}
+
 template <typename T, int N, bool kTransposeA = false, bool kTransposeB = false>
 void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where where = Where::here()) {
     static_assert(N % 16 == 0 && 16 <= N && N <= 256);
-    emulation::wgmma({d, N, nullptr, a, b, std::is_same_v<T, BFloat16>, kTransposeA, kTransposeB, accumulate}, where);
+    emulation::wgmma({d, N, nullptr, a, b, wgmma_element<T>(), kTransposeA, kTransposeB, accumulate}, where);
 }
 template <typename T, int N, bool kTransposeB = false>
 void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, Where where = Where::here()) {
     static_assert(N % 16 == 0 && 16 <= N && N <= 256);
-    emulation::wgmma({d, N, a, 0, b, std::is_same_v<T, BFloat16>, false, kTransposeB, accumulate}, where);
+    emulation::wgmma({d, N, a, 0, b, wgmma_element<T>(), false, kTransposeB, accumulate}, where);
 }
 
 }  // namespace fastattn::cuda
