@@ -21,7 +21,8 @@ if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
-from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, spoil_unused_keys
+from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, packed, spoil_unused_keys
+from tests.cuda_emulation.hopper_cases import case as make_case
 
 DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
 
@@ -135,6 +136,20 @@ def test_a_broken_key_reaches_who_sees_it() -> None:
     assert out[0, 0, 70:, 3].isnan().all()
     out[0, 0, 70:, 3] = 0
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_lies_behind_the_last_key_has_no_effect(dim: int, emulated: EmulatedBackend) -> None:
+    """Not on one bit, and so not on the time either: nothing is computed anew."""
+    padded = make_case("padded", dim, (100, 300), batch=2, used_k=(260, 70), causal=True)
+    side_by_side = packed("packed", dim, (60, 70), (200, 150), used_k=(131, 40))
+    for each in (padded, side_by_side):
+        inputs = each.make(torch.bfloat16)
+        clean = inputs.run(fastattn.attention, backend="cuda")
+        spoil_unused_keys(inputs)
+        assert emulated.emulator.statistics().wgmma > 0
+        for name, value in inputs.run(fastattn.attention, backend="cuda").items():
+            assert torch.equal(value, clean[name]), f"{each.name}: {name}"
 
 
 @pytest.mark.parametrize("dim", [64, 128])

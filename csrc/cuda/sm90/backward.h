@@ -123,6 +123,7 @@ struct Backward {
         for (int n = 0; n < kHeadDim / 2; ++n) dk[n] = dv[n] = 0.f;
         if (tiles.count() > 0) {
             mbarrier_wait(kv_full(), 0);
+            if (kRagged && j0 + kTile.keys > band.seqlen_k) clear_keys();
             RingPlace<kStages> place;
             for (int head = 0; head < heads; ++head) {
                 const int h = hk * heads + head;
@@ -135,6 +136,14 @@ struct Backward {
     }
 
 private:
+    // Keys behind the sequence's last are anything, and 0 * inf is NaN: they become 0.
+    FASTATTN_DEVICE void clear_keys() const {
+        Keys::clear_rows(k, band.seqlen_k - j0, thread_index() - 128, 256);
+        Keys::clear_rows(v, band.seqlen_k - j0, thread_index() - 128, 256);
+        fence_proxy_async();
+        named_barrier_sync(kScoresReady, 256);
+    }
+
     // lse and delta of a tile of queries; those that do not exist have P = 0.
     FASTATTN_DEVICE void load_rows(int stage, int h, int i0) const {
         const int64_t first = band.row_index(p, h, 0);

@@ -1,8 +1,9 @@
 // Rows that became NaN or infinite, once more without tensor cores.
 //
 // wgmma forms 0 * x also for entries that the band makes invisible; where such an x is NaN or infinite, so is the sum.
-// Here only visible entries are visited. It is slow, and for inputs that are broken somewhere: in a key behind the
-// band, in a row of a packed tensor that belongs to the next sequence, in a key from seqused_k on.
+// Here only visible entries are visited. It is slow, and for inputs that are broken somewhere. Keys and values behind
+// the end of a sequence may be anything, and are no such inputs: the kernels clear them in shared memory. Queries
+// behind the end, and their gradients, are of another sequence.
 #pragma once
 
 #include <cmath>

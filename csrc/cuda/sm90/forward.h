@@ -41,8 +41,8 @@ struct Forward {
     using TileWork = Work<kTile.queries, kTile.keys, kTile.persistent, kRagged>;
     static_assert(Outputs::kSpan == Queries::kSpan && Outputs::kBytes <= Queries::kBytes);
 
-    // Named barriers: the turn of each consumer, and one for the warps of each.
-    static constexpr int kTurn = 1, kGroup = 4;
+    // Named barriers: the turn of each consumer, one for the warps of each, and one for all of them.
+    static constexpr int kTurn = 1, kGroup = 4, kAll = 7;
 
     const ForwardArguments& arguments;
     const AttentionParams& p = arguments.params;
@@ -136,6 +136,17 @@ private:
         if (lane_index() == 0) mbarrier_arrive(empty);
     }
 
+    // Values behind the sequence's last key are anything, and 0 * inf is NaN: they become 0. All who compute wait for
+    // each other here, so none may have the turn.
+    FASTATTN_DEVICE void clear_values(const TileWork& work, int n, const RingPlace<kStages>& place) const {
+        const int keys = work.band.seqlen_k - work.tiles.at(n) * kTile.keys;
+        if (!kRagged || keys >= kTile.keys) return;
+        mbarrier_wait(v_full(place.stage), place.parity);
+        Values::clear_rows(v + place.stage * Values::kBytes, keys, thread_index() - 128, 128 * kConsumers);
+        fence_proxy_async();
+        named_barrier_sync(kAll, 128 * kConsumers);
+    }
+
     // Starts S = Q K^T.
     FASTATTN_DEVICE void multiply_keys(float (&s)[kTile.keys / 2], int group, int stage) const {
         wgmma_fence();
@@ -195,6 +206,7 @@ private:
         int n = 1;
         for (; n < masked; ++n) step<true>(work, group, i0, n, softmax, out, weights, k_place, v_place);
         for (; n < count; ++n) step<false>(work, group, i0, n, softmax, out, weights, k_place, v_place);
+        clear_values(work, count - 1, v_place);
         mbarrier_wait(v_full(v_place.stage), v_place.parity);
         multiply_values(out, weights, v_place.stage);
         wgmma_wait<0>(out);
@@ -208,6 +220,7 @@ private:
                               float (&out)[kHeadDimV / 2], uint32_t (&weights)[kTile.keys / 16][4],
                               RingPlace<kStages>& k_place, RingPlace<kStages>& v_place) const {
         float s[kTile.keys / 2], shrink[2];
+        clear_values(work, n - 1, v_place);
         mbarrier_wait(k_full(k_place.stage), k_place.parity);
         wait_turn(group);
         multiply_keys(s, group, k_place.stage);

@@ -43,6 +43,14 @@ struct Operand {
             tma_load(tile + n * kSpanBytes, map, barrier, n * kSpan, row, head, batch);
         }
     }
+    // Rows from `first` on become 0; of `threads` this is number `thread`. fence_proxy_async() and a barrier follow.
+    static FASTATTN_DEVICE void clear_rows(uint32_t tile, int first, int thread, int threads) {
+        constexpr int kChunks = kCols / 8;
+#pragma unroll 1
+        for (int n = first * kChunks + thread; n < kRows * kChunks; n += threads) {
+            store_shared(address(tile, n / kChunks, n % kChunks), Float4{});
+        }
+    }
     // The other way, for 64 rows of the tile from `first` on, of a map whose boxes have 64 rows. One thread commits.
     static FASTATTN_DEVICE void store_64(uint32_t tile, int first, const TensorMap& map, int row, int head, int batch) {
 #pragma unroll
