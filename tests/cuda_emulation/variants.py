@@ -12,14 +12,15 @@ import os
 import sys
 
 import torch
+from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
 from fastattn.backends import cuda
-from tests.cases import Case
+from tests.cases import Case, Inputs
 from tests.cuda_emulation.backend import EmulatedBackend, Emulator
 from tests.cuda_emulation.build import ROOT, build, load
-from tests.cuda_emulation.hopper_cases import case
+from tests.cuda_emulation.hopper_cases import case, decode, packed
 from tests.tolerance import assert_close_to_oracle
 
 OBJECTS = r"sm90-(dispatch|forward-BFloat16-\d+)\.o"
@@ -27,12 +28,25 @@ KEYS = {64: (128, 192), 96: (128, 160), 128: (176, 128), 192: (112, 96), 256: (8
 
 
 def cases(dim: int, keys: int) -> list[Case]:
-    """More tiles than go round the two stages twice, a key more than tiles; rows that see nothing; several a block."""
+    """More tiles than go round the two stages twice, a key more than tiles; rows that see nothing; several a block.
+
+    Packed sequences: some without queries or keys, a tile of queries, one query more.
+    """
     dims = (dim, 128) if dim == 192 else dim
     return [
         case(f"d{dim}-wraps", dims, (130, 5 * keys + 1), (2, 1)),
         case(f"d{dim}-causal", dims, (390, 2 * keys - 1), (2, 2), causal=True, batch=2),
+        packed(f"d{dim}-packed", dims, (193, 0, 5, 128, 64), (5 * keys + 1, 9, keys, 0, 70), heads_q=2, causal=True),
     ]
+
+
+def forward(inputs: Inputs) -> dict[str, Tensor]:
+    if inputs.case.ragged:
+        return decode(inputs)
+    window = {"causal": inputs.case.causal, "window": inputs.case.window, "offset": inputs.case.offset}
+    with torch.no_grad():
+        out, lse = fastattn.attention(inputs.q, inputs.k, inputs.v, **window, return_lse=True)
+    return {"out": out, "lse": lse}
 
 
 def main() -> None:
@@ -48,17 +62,13 @@ def main() -> None:
         for size, keys in enumerate(sizes):
             for each in cases(dim, keys):
                 inputs = each.make(torch.bfloat16)
-                window = {"causal": each.causal, "window": each.window, "offset": each.offset}
                 naive, oracle = inputs.naive(), inputs.oracle()
                 for variant in range(2 + 4 * size, 6 + 4 * size):
                     os.environ["FASTATTN_SM90_VARIANT"] = str(variant)
-
                     try:
                         for seed in (0, 1, 2):
                             backend.emulator.configure(seed)
-                            with torch.no_grad():
-                                found = fastattn.attention(inputs.q, inputs.k, inputs.v, **window, return_lse=True)
-                            for name, value in zip(("out", "lse"), found, strict=True):
+                            for name, value in forward(inputs).items():
                                 assert_close_to_oracle(value, naive[name], oracle[name], f"{name}, order {seed}")
                         verdict = "passed"
                     except (AssertionError, RuntimeError) as error:
