@@ -21,7 +21,8 @@ if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
-from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, spoil_unused_keys
+from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, packed, spoil_unused_keys
+from tests.cuda_emulation.hopper_cases import case as make_case
 
 DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
 
@@ -137,6 +138,41 @@ def test_a_broken_key_reaches_who_sees_it() -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_lies_behind_the_last_key_has_no_effect(dim: int, emulated: EmulatedBackend) -> None:
+    """Not on one bit, and so not on the time either: nothing is computed anew."""
+    padded = make_case("padded", dim, (100, 300), batch=2, used_k=(260, 70), causal=True)
+    side_by_side = packed("packed", dim, (60, 70), (200, 150), used_k=(131, 40))
+    for each in (padded, side_by_side):
+        inputs = each.make(torch.bfloat16)
+        clean = inputs.run(fastattn.attention, backend="cuda")
+        spoil_unused_keys(inputs)
+        assert emulated.emulator.statistics().wgmma > 0
+        for name, value in inputs.run(fastattn.attention, backend="cuda").items():
+            assert torch.equal(value, clean[name]), f"{each.name}: {name}"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_broken_sequence_leaves_its_neighbours_alone(dim: int) -> None:
+    """Its rows share their tiles, and every tile of theirs that is not full is computed with rows of it."""
+    lengths = (70, 65, 140)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q, k, v, grad = (torch.randn(sum(lengths), 1, dim).bfloat16() for _ in range(4))
+
+    def results() -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = fastattn.attention_varlen(*leaves, cu_seqlens, backend="cuda")
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]  # type: ignore[union-attr, arg-type]
+
+    clean = results()
+    for x, poison in ((q, math.nan), (k, math.nan), (v, math.inf), (grad, math.inf)):
+        x[lengths[0] : sum(lengths[:2])] = poison
+    for before, after in zip(clean, results(), strict=True):
+        for part, of in zip(after.split(lengths)[::2], before.split(lengths)[::2], strict=True):
+            assert_close_to_oracle(part, of, of.double(), "beside a broken sequence")
+        assert not after.split(lengths)[1].isfinite().any()
+
+
 def test_what_runs_is_said_and_can_be_chosen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], emulated: EmulatedBackend
 ) -> None:
@@ -155,6 +191,13 @@ def test_what_runs_is_said_and_can_be_chosen(
     assert "not the Hopper forward (seqlen_q 6: with 3 heads to a head of keys 18 rows, at most 16" in said(*many)
     wide = (torch.randn(1, 1, 64, 192).half().requires_grad_() for _ in range(3))
     assert "not the Hopper backward (head_dim 192: the backward takes at most 128) but" in said(*wide)
+    rows, pages = (torch.randn(n, *sizes).half() for n, sizes in ((64, (1, 64)), (4, (16, 1, 64))))
+    lengths = torch.tensor([0, 40, 64], dtype=torch.int32)
+    fastattn.explain(fastattn.attention_varlen, rows, rows, rows, lengths, backend="cuda")
+    assert "forward, tiles of 192 queries x 128 keys, 2 stages, ping-pong, packed sequences" in capsys.readouterr().out
+    table = torch.arange(4, dtype=torch.int32).view(2, 2)
+    fastattn.explain(fastattn.attention_varlen, rows, pages, pages, lengths, lengths, block_table=table, backend="cuda")
+    assert "not the Hopper forward (paged keys: for at most 16 queries)" in capsys.readouterr().out
     monkeypatch.setenv("FASTATTN_CUDA_KERNELS", "sm80")
     assert "Hopper" not in said(q, k, v)
     fastattn.attention(q, k, v, backend="cuda")

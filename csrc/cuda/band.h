@@ -35,6 +35,9 @@ FASTATTN_DEVICE T look_up(const Table<T>& table, int64_t first, int64_t second =
 FASTATTN_HOST_DEVICE int64_t batches_q(const AttentionParams& p) { return p.total_q >= 0 ? 1 : p.batch; }
 FASTATTN_HOST_DEVICE int64_t rows_q(const AttentionParams& p) { return p.total_q >= 0 ? p.total_q : p.seqlen_q; }
 FASTATTN_HOST_DEVICE int64_t all_rows(const AttentionParams& p) { return batches_q(p) * p.heads_q * rows_q(p); }
+// k and v likewise, where they are not paged.
+FASTATTN_HOST_DEVICE int64_t batches_k(const AttentionParams& p) { return p.total_k >= 0 ? 1 : p.batch; }
+FASTATTN_HOST_DEVICE int64_t rows_k(const AttentionParams& p) { return p.total_k >= 0 ? p.total_k : p.seqlen_k; }
 
 // A row of lse and its like by its number.
 struct TableRow {
@@ -64,16 +67,22 @@ struct Band {
     int64_t offset;
     int batch, first_q, first_k;  // index and rows in the tensors: 0 and cu_seqlens when packed, else b, 0 and 0
 
+    // kRagged: whether sequences may have lengths of their own; else bands differ in `batch` only.
+    template <bool kRagged = true>
     static FASTATTN_DEVICE Band of(const AttentionParams& p, int64_t b) {
         Band band = {};
-        band.batch = p.cu_seqlens_q.data ? 0 : static_cast<int>(b);
+        band.batch = static_cast<int>(b);
         band.seqlen_q = static_cast<int>(p.seqlen_q);
-        if (p.cu_seqlens_q.data) {
+        band.seqlen_k = static_cast<int>(p.seqlen_k);
+        if (kRagged && p.cu_seqlens_q.data) {
+            band.batch = 0;
             band.first_q = look_up(p.cu_seqlens_q, b);
             band.seqlen_q = look_up(p.cu_seqlens_q, b + 1) - band.first_q;
         }
-        if (p.cu_seqlens_k.data) band.first_k = look_up(p.cu_seqlens_k, b);
-        band.seqlen_k = p.seqused_k.data ? look_up(p.seqused_k, b) : room_of(p, b);
+        if (kRagged) {
+            if (p.cu_seqlens_k.data) band.first_k = look_up(p.cu_seqlens_k, b);
+            band.seqlen_k = p.seqused_k.data ? look_up(p.seqused_k, b) : room_of(p, b);
+        }
         band.offset = p.relative_offset ? p.offset + band.seqlen_k - band.seqlen_q : p.offset;
         const auto clamp = [&](int64_t x) {
             return static_cast<int>(x < -band.seqlen_q ? -band.seqlen_q : x > band.seqlen_k ? band.seqlen_k : x);

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import ragged
+from tests import cases, ragged
 from tests.cases import Case, Inputs
 
 
@@ -20,6 +20,15 @@ def case(
     dims = dims if isinstance(dims, tuple) else (dims, dims)
     options = {"batch": 1, "layout": "bshd", **sizes, **more}
     return Case(name, head_dim_qk=dims[0], head_dim_v=dims[1], **options)
+
+
+def packed(
+    name: str, dims: int | tuple[int, int], queries: tuple[int, ...], keys: tuple[int, ...] | None, **more: Any
+) -> Case:
+    """Packed sequences of these lengths; without ``keys`` paged ones, of ``used_k``."""
+    dims = dims if isinstance(dims, tuple) else (dims, dims)
+    sizes = {"heads_q": 1, "heads_k": 1, "layout": "bshd", **more}
+    return cases.packed(name, queries, keys, head_dim_qk=dims[0], head_dim_v=dims[1], **sizes)
 
 
 # Tiles of keys: 128 at head_dim 64 and 96; 176 at 128, 128 with a band; 112 at 192; 80 at 256.
@@ -37,6 +46,15 @@ CASES = [
     case("d192-causal", (192, 128), (140, 337), causal=True),
     case("d256-wraps", 256, (66, 401), layout="bhsd"),
     case("d256-causal", 256, (150, 161), (2, 1), causal=True),
+    # Sequences of their own lengths: whole tiles, a row more and less, none; the ends of tiles in the next sequence.
+    packed("packed-d64-wraps", 64, (130, 1, 70), (5 * 128 + 1, 40, 127), heads_q=2),
+    packed("packed-d64-causal", 64, (200, 0, 65, 33, 192), (391, 20, 64, 0, 256), causal=True),
+    packed("packed-d64-used", 64, (90, 140), (200, 150), heads_q=2, heads_k=2, used_k=(131, 150), window=(70, 20)),
+    packed("packed-d96-top-left", 96, (0, 129, 64), (30, 129, 200), causal=True, offset=0),
+    packed("packed-d128-causal", (128, 120), (150, 64, 3), (190, 200, 3), heads_q=2, causal=True),
+    packed("packed-d192", (192, 128), (70, 129), (337, 12)),
+    packed("packed-d256-causal", 256, (20, 130), (30, 161), causal=True),
+    case("used-d128-causal", 128, (100, 300), batch=2, used_k=(260, 0), causal=True),
 ]
 # Up to 16 rows of queries and heads. Tiles of 64 keys; six stages at head_dim 64, else three; the emulated device has
 # room for eight blocks, four at head_dim 256, among which the keys are split.
@@ -47,6 +65,10 @@ DECODE = [
     case("decode-d128-empty-splits", (120, 104), (16, 130), batch=2, used_k=(1, 130), num_splits=5),
     case("decode-d256-window", (200, 256), (2, 350), (6, 1), used_k=(333,), window=(150, 0), num_splits=3),
     case("decode-more-queries-than-keys", 64, (12, 70), used_k=(9,), causal=True),
+    packed("decode-packed", 64, (5, 0, 1, 3), (300, 20, 64, 70), heads_q=3, used_k=(300, 20, 50, 2), causal=True),
+    packed("decode-pages", 64, (5, 0, 1, 3), None, heads_q=3, used_k=(300, 20, 64, 2), page_size=16, causal=True),
+    case("decode-pages-split", 128, (1, 600), (8, 1), batch=2, used_k=(600, 77), page_size=128, num_splits=3),
+    case("decode-pages-window", 256, (2, 200), (8, 2), batch=2, used_k=(190, 77), page_size=24, window=(100, 0)),
 ]
 # On e4m3: tiles of 128 keys, three stages, two at head_dim 256.
 FP8 = [
@@ -67,9 +89,12 @@ def spoil_unused_keys(inputs: Inputs) -> None:
 
 
 def decode(inputs: Inputs) -> dict[str, Tensor]:
-    """out and lse of a case with key lengths, on the CUDA backend."""
+    """out and lse of a case with key lengths, on the CUDA backend; 0 for queries behind the end of a sequence."""
     nothing = dict.fromkeys(("mask", "bias", "sinks", "softmax_scale", "dropout_seed"))
     with torch.no_grad():
         options = {**nothing, "dropout_p": 0.0, **inputs.shaping, "backend": "cuda"}
         out, lse = ragged.attend(inputs, inputs.q, inputs.k, inputs.v, **options)
+    if (lengths := inputs.lengths["seqlens_q"]) is not None:
+        real = torch.arange(inputs.case.seqlen_q) < lengths[:, None, None]
+        out, lse = torch.where(real[..., None], out, 0), torch.where(real, lse, 0)
     return {"out": out, "lse": lse}

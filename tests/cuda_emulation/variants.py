@@ -22,7 +22,7 @@ from fastattn.backends import cuda
 from tests.cases import Case, Inputs
 from tests.cuda_emulation.backend import EmulatedBackend, Emulator
 from tests.cuda_emulation.build import ROOT, build, load
-from tests.cuda_emulation.hopper_cases import case
+from tests.cuda_emulation.hopper_cases import case, decode, packed
 from tests.fp8 import Quantised
 from tests.tolerance import assert_close_to_oracle
 
@@ -34,13 +34,18 @@ KEYS = {  # of a tile: timed_size(), timed_e4m3_size()
 Results = dict[str, Tensor]
 
 
-def cases(dim: int, keys: int) -> list[Case]:
-    """More tiles than go round the stages twice, a key more than tiles; rows that see nothing; several a block."""
+def cases(kind: str, dim: int, keys: int) -> list[Case]:
+    """More tiles than go round the stages twice, a key more than tiles; rows that see nothing; several a block.
+
+    Packed sequences, in 16 bits: some without queries or keys, a tile of queries, one query more.
+    """
     dims = (dim, 128) if dim == 192 else dim
-    return [
+    even = [
         case(f"d{dim}-wraps", dims, (130, 9 * keys + 1), (2, 1)),
         case(f"d{dim}-causal", dims, (390, 2 * keys - 1), (2, 2), causal=True, batch=2),
     ]
+    lengths = (193, 0, 5, 128, 64), (5 * keys + 1, 9, keys, 0, 70)
+    return even if kind == "e4m3" else [*even, packed(f"d{dim}-packed", dims, *lengths, heads_q=2, causal=True)]
 
 
 def prepared(kind: str, inputs: Inputs) -> tuple[Callable[[], Results], Results, Results]:
@@ -51,6 +56,8 @@ def prepared(kind: str, inputs: Inputs) -> tuple[Callable[[], Results], Results,
     window = {"causal": inputs.case.causal, "window": inputs.case.window, "offset": inputs.case.offset}
 
     def run() -> Results:
+        if inputs.case.ragged:
+            return decode(inputs)
         with torch.no_grad():
             found = fastattn.attention(inputs.q, inputs.k, inputs.v, **window, return_lse=True)
         return dict(zip(("out", "lse"), found, strict=True))
@@ -88,7 +95,7 @@ def main() -> None:
     for kind in kinds:
         for dim, sizes in KEYS[kind].items():
             for size, keys in enumerate(sizes):
-                for each in cases(dim, keys):
+                for each in cases(kind, dim, keys):
                     run, naive, oracle = prepared(kind, each.make(torch.bfloat16))
                     for variant in range(2 + 4 * size, 6 + 4 * size):
                         os.environ["FASTATTN_SM90_VARIANT"] = str(variant)

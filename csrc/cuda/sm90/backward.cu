@@ -10,10 +10,11 @@ namespace {
 
 constexpr int kRowThreads = 256;  // of the kernels that go over rows
 
-template <typename T, int kHeadDim>
-FASTATTN_KERNEL((Backward<T, kHeadDim>::kThreads), 1)
+template <typename T, int kHeadDim, bool kRagged>
+FASTATTN_KERNEL((Backward<T, kHeadDim, kRagged>::kThreads), 1)
 dkdv_kernel(FASTATTN_CONSTANT BackwardArguments arguments) {
-    const Backward<T, kHeadDim> block(arguments);
+    const Backward<T, kHeadDim, kRagged> block(arguments);
+    if (!block.exists()) return;
     if (thread_index() == 0) block.initialize();
     barrier();
     if (thread_index() < 128) {
@@ -36,27 +37,34 @@ FASTATTN_KERNEL(kRowThreads, 1) clear_sums_kernel(FASTATTN_CONSTANT SumsArgument
 }
 
 // One warp per query: dQ = softmax_scale times its sums.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRagged>
 FASTATTN_KERNEL(kRowThreads, 1)
 convert_dq_kernel(FASTATTN_CONSTANT AttentionParams p, FASTATTN_CONSTANT SumsArguments a) {
-    using Sums = GradientSums<kHeadDim>;
+    using Sums = GradientSums<kHeadDim, kRagged>;
     const int64_t row = block_index() * (kRowThreads / 32) + thread_index() / 32;
-    if (row >= p.batch * p.heads_q * p.seqlen_q) return;
-    const int i = static_cast<int>(row % p.seqlen_q), h = static_cast<int>(row / p.seqlen_q % p.heads_q);
-    const int b = static_cast<int>(row / p.seqlen_q / p.heads_q);
+    if (row >= all_rows(p)) return;
+    const TableRow at = TableRow::of(p, row);
+    int b = static_cast<int>(at.batch);
+    if (kRagged && p.total_q >= 0) {
+        b = last_not_after(static_cast<int>(p.batch), static_cast<int>(at.i),
+                           [&](int n) { return look_up(p.cu_seqlens_q, n); });
+    }
+    const Band band = Band::of<kRagged>(p, b);
+    const int h = static_cast<int>(at.h), i = static_cast<int>(at.i) - band.first_q;
+    const int first = SequenceTiles<64, kRagged>::of_queries(p).first(b);
     RowSum<kHeadDim> dq;
     float check = 0.f;  // 0 * x is 0 for every finite x, NaN for all others
 #pragma unroll
     for (int n = 0; n < dq.kPairs; ++n) {
-        const float* at = Sums::pair(a.sums, p, b, h, i, dq.column(n));
-        dq.sum[n][0] = load_global(at), dq.sum[n][1] = load_global(at + 1);
+        const float* sums = Sums::pair(a.sums, p, h, first, i, dq.column(n));
+        dq.sum[n][0] = load_global(sums), dq.sum[n][1] = load_global(sums + 1);
         check = fmaf(0.f, dq.sum[n][0], fmaf(0.f, dq.sum[n][1], check));
     }
     if (any_lane(check != 0.f)) {  // perhaps only for the NaN of keys that the query does not see
         dq = {};
-        redo_query_gradient<T>(p, Band::of(p, 0), b, h, h / static_cast<int>(p.heads_q / p.heads_k), i, dq);
+        redo_query_gradient<T>(p, band, h, h / static_cast<int>(p.heads_q / p.heads_k), i, dq);
     }
-    T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride[0] + h * p.dq.stride[1] + i * p.dq.stride[2];
+    T* to = static_cast<T*>(p.dq.data) + at.offset(p.dq);
     const float scale = static_cast<float>(p.softmax_scale);
 #pragma unroll
     for (int n = 0; n < dq.kPairs; ++n) {
@@ -83,27 +91,29 @@ void clear_dq_sums(const AttentionParams& p, void* stream) {
 
 template <typename T, int kHeadDim>
 void dkdv(const AttentionParams& p, void* stream) {
-    using Block = Backward<T, kHeadDim>;
+    using Block = Backward<T, kHeadDim, false>;  // sizes and tiles are the same with kRagged
     using Queries = typename Block::Queries;
     using Keys = typename Block::Keys;
     const BackwardArguments arguments{
-        tensor_map<Queries>(p.dtype, p.q, p.batch, p.heads_q, p.seqlen_q, p.head_dim_qk, Block::kTile.queries),
-        tensor_map<Keys>(p.dtype, p.k, p.batch, p.heads_k, p.seqlen_k, p.head_dim_qk, Block::kTile.keys),
-        tensor_map<Keys>(p.dtype, p.v, p.batch, p.heads_k, p.seqlen_k, p.head_dim_v, Block::kTile.keys),
-        tensor_map<Queries>(p.dtype, p.grad_out, p.batch, p.heads_q, p.seqlen_q, p.head_dim_v, Block::kTile.queries),
-        tensor_map<Keys>(p.dtype, p.dk, p.batch, p.heads_k, p.seqlen_k, p.head_dim_qk, 64),
-        tensor_map<Keys>(p.dtype, p.dv, p.batch, p.heads_k, p.seqlen_k, p.head_dim_v, 64),
+        query_map<Queries>(p, p.q, p.head_dim_qk, Block::kTile.queries),
+        key_map<Keys>(p, p.k, p.head_dim_qk, Block::kTile.keys),
+        key_map<Keys>(p, p.v, p.head_dim_v, Block::kTile.keys),
+        query_map<Queries>(p, p.grad_out, p.head_dim_v, Block::kTile.queries),
+        key_map<Keys>(p, p.dk, p.head_dim_qk, 64),
+        key_map<Keys>(p, p.dv, p.head_dim_v, 64),
         gradient_sums(p),
         p,
     };
-    launch(dkdv_kernel<T, kHeadDim>, {blocks_of(p.seqlen_k, Block::kTile.keys) * p.heads_k * p.batch}, Block::kThreads,
-           Block::kSharedBytes, stream, arguments);
+    launch(is_ragged(p) ? dkdv_kernel<T, kHeadDim, true> : dkdv_kernel<T, kHeadDim, false>,
+           {SequenceTiles<Block::kTile.keys>::of_keys(p).count() * p.heads_k}, Block::kThreads, Block::kSharedBytes,
+           stream, arguments);
 }
 
 template <typename T, int kHeadDim>
 void convert_dq(const AttentionParams& p, void* stream) {
-    launch(convert_dq_kernel<T, kHeadDim>, {blocks_of(p.batch * p.heads_q * p.seqlen_q, kRowThreads / 32)}, kRowThreads,
-           0, stream, p, SumsArguments{gradient_sums(p), sums_size(p, kHeadDim)});
+    launch(is_ragged(p) ? convert_dq_kernel<T, kHeadDim, true> : convert_dq_kernel<T, kHeadDim, false>,
+           {blocks_of(all_rows(p), kRowThreads / 32)}, kRowThreads, 0, stream, p,
+           SumsArguments{gradient_sums(p), sums_size(p, kHeadDim)});
 }
 
 template void clear_dq_sums<FASTATTN_DTYPE, FASTATTN_HEAD_DIM>(const AttentionParams&, void*);

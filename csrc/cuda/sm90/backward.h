@@ -18,7 +18,6 @@
 #include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/setmaxnreg.h"
 #include "cuda/ptx/shared.h"
-#include "cuda/scheduler.h"
 #include "cuda/sm90/contain.h"
 #include "cuda/sm90/gradient_sums.h"
 #include "cuda/sm90/operand.h"
@@ -32,14 +31,14 @@ struct BackwardArguments {
     AttentionParams params;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRagged>
 struct Backward {
     static constexpr KeyTile kTile = key_tile(kHeadDim);
     static constexpr int kThreads = 384, kStages = 2, kSharedBytes = kTile.shared_bytes(kHeadDim);
     using Queries = Operand<kTile.queries, kHeadDim>;  // and rows of dO
     using Keys = Operand<kTile.keys, kHeadDim>;        // and rows of V
     using Scores = Operand<kTile.keys, kTile.queries>;
-    using Sums = GradientSums<kHeadDim>;
+    using Sums = GradientSums<kHeadDim, kRagged>;
     static constexpr int kCount = kTile.queries / 2;  // accumulators of S^T
     static_assert(kTile.keys == 128 && kTile.queries == 64 && (kHeadDim == 64 || kHeadDim == 128));
 
@@ -47,23 +46,31 @@ struct Backward {
 
     const BackwardArguments& arguments;
     const AttentionParams& p = arguments.params;
-    const Band band = Band::of(p, 0);  // of every batch entry: none has a length of its own
     const int heads = static_cast<int>(p.heads_q / p.heads_k);
     const uint32_t k = smem_base(), v = k + Keys::kBytes, q = v + Keys::kBytes;
     const uint32_t grad_out = q + kStages * Queries::kBytes, scores = grad_out + kStages * Queries::kBytes;
     const uint32_t sums = scores + 2 * Scores::kBytes;  // [warpgroup][64 x 64 floats]
     const uint32_t rows = sums + 2 * Sums::kPartBytes;  // [stage][lse log2(e), delta][queries]
     const uint32_t barriers = rows + kStages * 8 * kTile.queries;
-    int b, hk, j0;
+    Band band;  // of the sequence
+    int hk, j0;
+    int room;         // keys in the tensor, of which a sequence may use fewer: the others have gradient 0
+    int first_sums;   // the number of the sequence's first tile in the sums of dQ
     TileRange tiles;  // of queries
 
     FASTATTN_DEVICE explicit Backward(const BackwardArguments& arguments) : arguments(arguments) {
-        const WorkItem item = work_item(block_index(), (p.seqlen_k + kTile.keys - 1) / kTile.keys, p.batch * p.heads_k,
-                                        p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2 * heads);
-        b = static_cast<int>(item.head / p.heads_k), hk = static_cast<int>(item.head % p.heads_k);
-        j0 = item.tile * kTile.keys;  // the first is seen by the most queries
+        const auto numbers = SequenceTiles<kTile.keys, kRagged>::of_keys(p);
+        const auto [b, head, tile] = SequenceTile::of(block_index(), numbers, p.heads_k,
+                                                      p.seqlen_q * (p.head_dim_qk + p.head_dim_v) * 2 * heads);
+        band = Band::of<kRagged>(p, b);
+        hk = head, j0 = tile * kTile.keys;  // the first is seen by the most queries
+        room = kRagged ? room_of(p, b) : band.seqlen_k;
+        first_sums = SequenceTiles<kTile.queries, kRagged>::of_queries(p).first(b);
         tiles = band.query_tiles(j0, j0 + kTile.keys - 1, kTile.queries);
     }
+
+    // Whether there is anything to do.
+    FASTATTN_DEVICE bool exists() const { return !kRagged || j0 < room; }
 
     FASTATTN_DEVICE uint32_t kv_full() const { return barriers; }
     FASTATTN_DEVICE uint32_t q_full(int stage) const { return barriers + 8 + 8 * stage; }
@@ -87,8 +94,8 @@ struct Backward {
         if (tiles.count() == 0) return;
         if (lane_index() == 0) {
             mbarrier_arrive_expect_tx(kv_full(), 2 * Keys::kBytes);
-            Keys::load(k, arguments.k, kv_full(), j0, hk, b);
-            Keys::load(v, arguments.v, kv_full(), j0, hk, b);
+            Keys::load(k, arguments.k, kv_full(), band.first_k + j0, hk, band.batch);
+            Keys::load(v, arguments.v, kv_full(), band.first_k + j0, hk, band.batch);
         }
         RingPlace<kStages> place;
         for (int head = 0; head < heads; ++head) {
@@ -99,11 +106,12 @@ struct Backward {
                 load_rows(place.stage, h, i0);
                 warp_barrier();
                 if (lane_index() != 0) continue;
+                const int row = band.first_q + i0;
                 mbarrier_arrive_expect_tx(q_full(place.stage), Queries::kBytes);
-                Queries::load(q + place.stage * Queries::kBytes, arguments.q, q_full(place.stage), i0, h, b);
+                Queries::load(q + place.stage * Queries::kBytes, arguments.q, q_full(place.stage), row, h, band.batch);
                 mbarrier_arrive_expect_tx(grad_full(place.stage), Queries::kBytes);
-                Queries::load(grad_out + place.stage * Queries::kBytes, arguments.grad_out, grad_full(place.stage), i0,
-                              h, b);
+                Queries::load(grad_out + place.stage * Queries::kBytes, arguments.grad_out, grad_full(place.stage), row,
+                              h, band.batch);
             }
         }
     }
@@ -115,6 +123,7 @@ struct Backward {
         for (int n = 0; n < kHeadDim / 2; ++n) dk[n] = dv[n] = 0.f;
         if (tiles.count() > 0) {
             mbarrier_wait(kv_full(), 0);
+            if (kRagged && j0 + kTile.keys > band.seqlen_k) clear_keys();
             RingPlace<kStages> place;
             for (int head = 0; head < heads; ++head) {
                 const int h = hk * heads + head;
@@ -127,9 +136,17 @@ struct Backward {
     }
 
 private:
+    // Keys behind the sequence's last are anything, and 0 * inf is NaN: they become 0.
+    FASTATTN_DEVICE void clear_keys() const {
+        Keys::clear_rows(k, band.seqlen_k - j0, thread_index() - 128, 256);
+        Keys::clear_rows(v, band.seqlen_k - j0, thread_index() - 128, 256);
+        fence_proxy_async();
+        named_barrier_sync(kScoresReady, 256);
+    }
+
     // lse and delta of a tile of queries; those that do not exist have P = 0.
     FASTATTN_DEVICE void load_rows(int stage, int h, int i0) const {
-        const int64_t first = (static_cast<int64_t>(b) * p.heads_q + h) * p.seqlen_q;
+        const int64_t first = band.row_index(p, h, 0);
 #pragma unroll 1
         for (int row = lane_index(); row < kTile.queries; row += 32) {
             const int i = i0 + row;
@@ -257,7 +274,7 @@ private:
                 multiply_scores(dq, ds, part);
                 multiply_columns(dk, da, q_tile);
                 wgmma_wait<1>(dv, dq);
-                add_dq(dq, group, Sums::part(arguments.sums, p, b, h, tile, part));
+                add_dq(dq, group, Sums::part(arguments.sums, p, h, first_sums + tile, part));
             } else {
                 multiply_columns(dk, da, q_tile);
             }
@@ -303,17 +320,27 @@ private:
                 store_shared(Keys::address(k, row, n) + 2 * fragment_col(), pack<T>(scale * k0, scale * k1));
                 store_shared(Keys::address(v, row, n) + 2 * fragment_col(), pack<T>(v0, v1));
             }
-            broken = broken || (check != 0.f && j0 + row < band.seqlen_k);
+            broken = broken || (check != 0.f && j0 + row < room);
         }
         if (tiles.masked() > 0 && any_lane(broken)) redo(group);
         fence_proxy_async();
         named_barrier_sync(kGroup + group, 128);
-        if (thread_index() % 128 == 0) {
-            Keys::store_64(k, 64 * group, arguments.dk, j0 + 64 * group, hk, b);
-            Keys::store_64(v, 64 * group, arguments.dv, j0 + 64 * group, hk, b);
+        const int first = 64 * group, rows = room - j0 - first;
+        if (kRagged && rows < 64) {
+            Keys::store_some(k, first, key_rows(p.dk, p.head_dim_qk, rows));
+            Keys::store_some(v, first, key_rows(p.dv, p.head_dim_v, rows));
+        } else if (thread_index() % 128 == 0) {
+            Keys::store_64(k, first, arguments.dk, band.first_k + j0 + first, hk, band.batch);
+            Keys::store_64(v, first, arguments.dv, band.first_k + j0 + first, hk, band.batch);
             bulk_commit();
-            bulk_wait<0>();
         }
+        if (thread_index() % 128 == 0) bulk_wait<0>();  // for the sums of dQ, too
+    }
+
+    // The last rows of dK or dV that there are.
+    FASTATTN_DEVICE Matrix<T> key_rows(const Tensor4& x, int64_t cols, int rows) const {
+        const Matrix<T> all = key_matrix<T>(x, band, hk, cols);
+        return {all.data + (room - rows) * all.row_stride, all.row_stride, all.col_stride, rows, all.cols};
     }
 
     // The 16 keys of a warp, for the NaN of queries that do not see them.
@@ -322,10 +349,10 @@ private:
 #pragma unroll 1
         for (int r = 0; r < 16; ++r) {
             const int row = 64 * group + thread_index() % 128 / 32 * 16 + r, j = j0 + row;
-            if (j >= band.seqlen_k) break;
+            if (j >= room) break;
             RowSum<kHeadDim> dk, dv;
 #pragma unroll 1
-            for (int h = hk * heads; h < (hk + 1) * heads; ++h) redo_key<T>(p, band, b, h, hk, j, dk, dv);
+            for (int h = hk * heads; h < (hk + 1) * heads; ++h) redo_key<T>(p, band, h, hk, j, dk, dv);
             dk.template write<T, kTile.keys>(k, row, static_cast<float>(p.softmax_scale));
             dv.template write<T, kTile.keys>(v, row, 1.f);
         }

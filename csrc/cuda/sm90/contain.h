@@ -1,7 +1,9 @@
 // Rows that became NaN or infinite, once more without tensor cores.
 //
 // wgmma forms 0 * x also for entries that the band makes invisible; where such an x is NaN or infinite, so is the sum.
-// Here only visible entries are visited. It is slow, and for inputs that are broken somewhere.
+// Here only visible entries are visited. It is slow, and for inputs that are broken somewhere. Keys and values behind
+// the end of a sequence may be anything, and are no such inputs: the kernels clear them in shared memory. Queries
+// behind the end, and their gradients, are of another sequence.
 #pragma once
 
 #include <cmath>
@@ -18,9 +20,14 @@ namespace fastattn::cuda::sm90 {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// Query i, or key j, of head h of a sequence.
 template <typename T>
-FASTATTN_DEVICE const T* row_of(const Tensor4& x, int b, int h, int row) {
-    return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + row * x.stride[2];
+FASTATTN_DEVICE const T* query_row(const Tensor4& x, const Band& band, int h, int i) {
+    return static_cast<const T*>(x.data) + band.query_at(x, h) + i * x.stride[2];
+}
+template <typename T>
+FASTATTN_DEVICE const T* key_row(const Tensor4& x, const Band& band, int h, int j) {
+    return static_cast<const T*>(x.data) + band.key_at(x, h) + j * x.stride[2];
 }
 
 template <typename T>
@@ -61,43 +68,41 @@ struct RowSum {
 };
 
 // The output of query i, by one warp: out += sum over visible keys in [j_begin, j_end) of normalizer 2^(unit (q k -
-// max)) v.
-template <typename T, int kCols>
-FASTATTN_DEVICE void redo_keys(const AttentionParams& p, const Band& band, int b, int h, int hk, int i, int j_begin,
-                               int j_end, float unit, float max, float normalizer, RowSum<kCols>& out) {
+// max)) v, with key(x, j) where key j lies in x.
+template <typename T, int kCols, typename Key>
+FASTATTN_DEVICE void redo_keys(const AttentionParams& p, const Band& band, int h, int i, int j_begin, int j_end,
+                               float unit, float max, float normalizer, RowSum<kCols>& out, const Key& key) {
     const int end = min32(band.keys_end(i), j_end);
 #pragma unroll 1
     for (int j0 = max32(band.keys_begin(i), j_begin); j0 < end; j0 += 32) {
         const int j = j0 + lane_index();
         float weight = 0.f;
         if (j < end) {
-            const float score = dot(row_of<T>(p.q, b, h, i), row_of<T>(p.k, b, hk, j), p.head_dim_qk);
+            const float score = dot(query_row<T>(p.q, band, h, i), key(p.k, j), p.head_dim_qk);
             weight = exp2_approx((score - max) * unit) * normalizer;
         }
 #pragma unroll 1
         for (int n = 0; n < min32(end - j0, 32); ++n) {
-            out.add(shuffle(weight, n), row_of<T>(p.v, b, hk, j0 + n), p.head_dim_v);
+            out.add(shuffle(weight, n), key(p.v, j0 + n), p.head_dim_v);
         }
     }
 }
 
-// delta and lse of each query, (batch, heads_q, seqlen_q) each; lse is +inf for a query that sees nothing.
+// delta and lse of each query, (batches_q, heads_q, rows_q) each; lse is +inf for a query that sees nothing.
 FASTATTN_DEVICE const float* delta_rows(const AttentionParams& p) { return static_cast<const float*>(p.workspace); }
-FASTATTN_DEVICE const float* lse_rows(const AttentionParams& p) {
-    return delta_rows(p) + p.batch * p.heads_q * p.seqlen_q;
-}
+FASTATTN_DEVICE const float* lse_rows(const AttentionParams& p) { return delta_rows(p) + all_rows(p); }
 
 // P and dS of one entry; lse and delta as sm80::prepare leaves them.
 template <typename T>
 struct EntryOf {
     float weight = 0.f, gradient = 0.f;
 
-    FASTATTN_DEVICE EntryOf(const AttentionParams& p, int b, int h, int hk, int i, int j, bool visible) {
+    FASTATTN_DEVICE EntryOf(const AttentionParams& p, const Band& band, int h, int hk, int i, int j, bool visible) {
         if (!visible) return;
-        const int64_t row = (static_cast<int64_t>(b) * p.heads_q + h) * p.seqlen_q + i;
+        const int64_t row = band.row_index(p, h, i);
         const float lse = load_global(lse_rows(p) + row);
-        const float score = dot(row_of<T>(p.q, b, h, i), row_of<T>(p.k, b, hk, j), p.head_dim_qk);
-        const float dp = dot(row_of<T>(p.grad_out, b, h, i), row_of<T>(p.v, b, hk, j), p.head_dim_v);
+        const float score = dot(query_row<T>(p.q, band, h, i), key_row<T>(p.k, band, hk, j), p.head_dim_qk);
+        const float dp = dot(query_row<T>(p.grad_out, band, h, i), key_row<T>(p.v, band, hk, j), p.head_dim_v);
         weight = exp2_approx(fmaf(score, static_cast<float>(p.softmax_scale), -lse) * kLog2E);
         gradient = weight * (dp - load_global(delta_rows(p) + row));
     }
@@ -105,31 +110,31 @@ struct EntryOf {
 
 // Key j's sums over the visible queries of head h, by one warp: dv += P dO, dk += dS Q.
 template <typename T, int kCols>
-FASTATTN_DEVICE void redo_key(const AttentionParams& p, const Band& band, int b, int h, int hk, int j,
-                              RowSum<kCols>& dk, RowSum<kCols>& dv) {
+FASTATTN_DEVICE void redo_key(const AttentionParams& p, const Band& band, int h, int hk, int j, RowSum<kCols>& dk,
+                              RowSum<kCols>& dv) {
     const int end = band.queries_end(j);
 #pragma unroll 1
     for (int i0 = band.queries_begin(j); i0 < end; i0 += 32) {
-        const EntryOf<T> entry(p, b, h, hk, i0 + lane_index(), j, i0 + lane_index() < end);
+        const EntryOf<T> entry(p, band, h, hk, i0 + lane_index(), j, i0 + lane_index() < end);
 #pragma unroll 1
         for (int n = 0; n < min32(end - i0, 32); ++n) {
-            dv.add(shuffle(entry.weight, n), row_of<T>(p.grad_out, b, h, i0 + n), p.head_dim_v);
-            dk.add(shuffle(entry.gradient, n), row_of<T>(p.q, b, h, i0 + n), p.head_dim_qk);
+            dv.add(shuffle(entry.weight, n), query_row<T>(p.grad_out, band, h, i0 + n), p.head_dim_v);
+            dk.add(shuffle(entry.gradient, n), query_row<T>(p.q, band, h, i0 + n), p.head_dim_qk);
         }
     }
 }
 
 // Query i's sum over the visible keys, by one warp: dq += dS K.
 template <typename T, int kCols>
-FASTATTN_DEVICE void redo_query_gradient(const AttentionParams& p, const Band& band, int b, int h, int hk, int i,
+FASTATTN_DEVICE void redo_query_gradient(const AttentionParams& p, const Band& band, int h, int hk, int i,
                                          RowSum<kCols>& dq) {
     const int end = band.keys_end(i);
 #pragma unroll 1
     for (int j0 = band.keys_begin(i); j0 < end; j0 += 32) {
-        const EntryOf<T> entry(p, b, h, hk, i, j0 + lane_index(), j0 + lane_index() < end);
+        const EntryOf<T> entry(p, band, h, hk, i, j0 + lane_index(), j0 + lane_index() < end);
 #pragma unroll 1
         for (int n = 0; n < min32(end - j0, 32); ++n) {
-            dq.add(shuffle(entry.gradient, n), row_of<T>(p.k, b, hk, j0 + n), p.head_dim_qk);
+            dq.add(shuffle(entry.gradient, n), key_row<T>(p.k, band, hk, j0 + n), p.head_dim_qk);
         }
     }
 }

@@ -23,6 +23,12 @@ struct DecodeArguments {
     AttentionParams params;
 };
 
+// Paged: keys of one copy, which lie in one page and where the swizzle of a tile begins anew.
+FASTATTN_HOST_DEVICE int rows_of_box(const AttentionParams& p) {
+    const int page = static_cast<int>(p.page_size);
+    return page % 64 == 0 ? 64 : page % 32 == 0 ? 32 : page % 16 == 0 ? 16 : 8;
+}
+
 // The workspace of num_splits > 1: out (num_splits, rows, head_dim_v), then lse (num_splits, rows), both float, with
 // rows = all_rows(p).
 FASTATTN_DEVICE float* partial_out(const AttentionParams& p, int64_t split, int64_t row) {
@@ -32,20 +38,19 @@ FASTATTN_DEVICE float* partial_lse(const AttentionParams& p, int64_t split, int6
     return static_cast<float*>(p.workspace) + (p.num_splits * p.head_dim_v + split) * all_rows(p) + row;
 }
 
-template <typename T>
-FASTATTN_DEVICE void write_lse(const AttentionParams& p, int b, int h, int i, float lse) {
-    store_global(static_cast<float*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2],
-                 lse);
+FASTATTN_DEVICE void write_lse(const AttentionParams& p, const TableRow& row, float lse) {
+    store_global(static_cast<float*>(p.lse.data) + row.offset(p.lse), lse);
 }
 
 // Columns col and col + 1 (col even) of a row of the output.
 template <typename T>
-FASTATTN_DEVICE void write_pair(const AttentionParams& p, int b, int h, int i, int col, float x, float y) {
-    T* row = static_cast<T*>(p.out.data) + b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2];
-    store_global(reinterpret_cast<uint32_t*>(row + col), pack<T>(x, y));
+FASTATTN_DEVICE void write_pair(const AttentionParams& p, const TableRow& row, int col, float x, float y) {
+    T* to = static_cast<T*>(p.out.data) + row.offset(p.out) + col;
+    store_global(reinterpret_cast<uint32_t*>(to), pack<T>(x, y));
 }
 
-template <typename T, int kHeadDim>
+// kPaged: keys and values in pages, of which a box of the maps is a part.
+template <typename T, int kHeadDim, bool kPaged>
 struct Decode {
     static constexpr int kKeys = kDecodeTile.keys, kRows = kDecodeTile.rows, kWarps = kKeys / 16;
     static constexpr int kThreads = 32 * (kWarps + 1), kStages = decode_stages(kHeadDim);
@@ -56,11 +61,12 @@ struct Decode {
 
     const DecodeArguments& arguments;
     const AttentionParams& p = arguments.params;
-    const int queries = static_cast<int>(p.seqlen_q), group = static_cast<int>(p.heads_q / p.heads_k);
+    const int group = static_cast<int>(p.heads_q / p.heads_k);
     const uint32_t k = smem_base(), v = k + kStages * Tile::kBytes, q = v + kStages * Tile::kBytes;
     const uint32_t barriers = q + Queries::kBytes;
     int split, b, hk;
     Band band;
+    int queries;
     TileRange tiles;
     int begin, end;  // of tiles.at()
 
@@ -69,6 +75,7 @@ struct Decode {
         const int block = static_cast<int>(block_index());
         split = block % splits, hk = block / splits % heads_k, b = block / splits / heads_k;
         band = Band::of(p, b);
+        queries = band.seqlen_q;
         tiles = band.key_tiles(0, queries - 1, kKeys);
         const int per_split = (tiles.count() + splits - 1) / splits;
         begin = min32(split * per_split, tiles.count());
@@ -89,16 +96,19 @@ struct Decode {
         fence_mbarrier_init();
     }
 
-    // One thread: all loads.
+    // One thread, where kPaged one warp: all loads.
     FASTATTN_DEVICE void produce() const {
         RingPlace<kStages> place;
         for (int n = begin; n < end; ++n, place.advance()) {
-            const int j0 = tiles.at(n) * kKeys;
+            const Rows rows = rows_from(tiles.at(n) * kKeys);
+            const uint32_t to = place.stage * Tile::kBytes + lane_index() * rows.count * Tile::kRowBytes;
             mbarrier_wait(empty(place.stage), place.parity ^ 1);
-            mbarrier_arrive_expect_tx(k_full(place.stage), Tile::kBytes);
-            Tile::load(k + place.stage * Tile::kBytes, arguments.k, k_full(place.stage), j0, hk, b);
-            mbarrier_arrive_expect_tx(v_full(place.stage), Tile::kBytes);
-            Tile::load(v + place.stage * Tile::kBytes, arguments.v, v_full(place.stage), j0, hk, b);
+            if (lane_index() == 0) mbarrier_arrive_expect_tx(k_full(place.stage), Tile::kBytes);
+            if (lane_index() == 0) mbarrier_arrive_expect_tx(v_full(place.stage), Tile::kBytes);
+            if (kPaged) warp_barrier();
+            if (lane_index() * rows.count >= kKeys) continue;
+            Tile::load(k + to, arguments.k, k_full(place.stage), rows.first, hk, rows.batch);
+            Tile::load(v + to, arguments.v, v_full(place.stage), rows.first, hk, rows.batch);
         }
     }
 
@@ -115,6 +125,19 @@ struct Decode {
     }
 
 private:
+    // Those of a tile that a lane copies: `count` from `first` on, where the lane has any.
+    struct Rows {
+        int count, first, batch;
+    };
+    FASTATTN_DEVICE Rows rows_from(int j0) const {
+        if (!kPaged) return {kKeys, band.first_k + j0, band.batch};
+        const int count = rows_of_box(p), j = j0 + lane_index() * count;
+        // Of a page that no key is in, the table may say anything: rows past the end of a page come as 0.
+        if (j >= band.seqlen_k) return {count, static_cast<int>(p.page_size), 0};
+        return {count, j % static_cast<int>(p.page_size), page_of(j)};
+    }
+    FASTATTN_DEVICE int page_of(int j) const { return look_up(p.block_table, b, j / static_cast<int>(p.page_size)); }
+
     static FASTATTN_DEVICE int warp() { return thread_index() / 32; }
     // Lane / 4 + 8 half: this lane's rows of the fragments.
     static FASTATTN_DEVICE int row(int half) { return lane_index() / 4 + 8 * half; }
@@ -131,7 +154,7 @@ private:
             const int row = n / kBlocks, chunk = n % kBlocks;
             Words4 eight = {};
             if (exists(row) && 8 * chunk < p.head_dim_qk) {
-                const T* from = row_of<T>(p.q, b, head_of(row), query_of(row)) + 8 * chunk;
+                const T* from = query_row<T>(p.q, band, head_of(row), query_of(row)) + 8 * chunk;
                 eight = load_global(reinterpret_cast<const Words4*>(from));
             }
             store_shared(Queries::address(q, row, chunk), eight);
@@ -258,9 +281,10 @@ private:
 
         const float factor = sum == 0.f ? 0.f : 1.f / sum;
         const float lse = sum == 0.f ? -INFINITY : fmaf(max, unit * kLn2, log2_approx(sum) * kLn2);
-        const int64_t flat = (static_cast<int64_t>(b) * p.heads_q + h) * queries + i;
+        const int64_t flat = band.row_index(p, h, i);
+        const TableRow at = {band.batch, h, band.first_q + i};
         if (lane_index() == 0) {
-            p.num_splits > 1 ? store_global(partial_lse(p, split, flat), lse) : write_lse<T>(p, b, h, i, lse);
+            p.num_splits > 1 ? store_global(partial_lse(p, split, flat), lse) : write_lse(p, at, lse);
         }
 #pragma unroll
         for (int n = 0; n < total.kPairs; ++n) {
@@ -270,9 +294,15 @@ private:
             if (p.num_splits > 1) {
                 store_global(reinterpret_cast<Words2*>(partial_out(p, split, flat) + col), bit_cast<Words2>(pair));
             } else {
-                write_pair<T>(p, b, h, i, col, pair.x, pair.y);
+                write_pair<T>(p, at, col, pair.x, pair.y);
             }
         }
+    }
+
+    FASTATTN_DEVICE const T* key_at(const Tensor4& x, int j) const {
+        if (!kPaged) return key_row<T>(x, band, hk, j);
+        const int64_t at = page_of(j) * x.stride[0] + hk * x.stride[1] + j % p.page_size * x.stride[2];
+        return static_cast<const T*>(x.data) + at;
     }
 
     // The row's sum over this block's keys without tensor cores: NaN of keys that other queries see does not reach it.
@@ -281,7 +311,8 @@ private:
 #pragma unroll 1
         for (int n = begin; n < end; ++n) {
             const int j0 = tiles.at(n) * kKeys;
-            redo_keys<T>(p, band, b, head_of(row), hk, query_of(row), j0, j0 + kKeys, unit, pivot, 1.f, total);
+            redo_keys<T>(p, band, head_of(row), query_of(row), j0, j0 + kKeys, unit, pivot, 1.f, total,
+                         [&](const Tensor4& x, int j) { return key_at(x, j); });
         }
     }
 };
@@ -295,8 +326,8 @@ struct Combine {
 
     static FASTATTN_DEVICE void run(const AttentionParams& p) {
         const int64_t row = block_index();
-        const int i = static_cast<int>(row % p.seqlen_q), h = static_cast<int>(row / p.seqlen_q % p.heads_q);
-        const int b = static_cast<int>(row / p.seqlen_q / p.heads_q), warp = thread_index() / 32;
+        const TableRow at = TableRow::of(p, row);
+        const int warp = thread_index() / 32;
         const int splits = static_cast<int>(p.num_splits);
         float max = -INFINITY;
 #pragma unroll 1
@@ -338,12 +369,12 @@ struct Combine {
         };
         sum = over_warps(kHeadDim);
         const float factor = sum == 0.f ? 0.f : 1.f / sum;
-        if (lane_index() == 0) write_lse<T>(p, b, h, i, sum == 0.f ? -INFINITY : pivot + log2_approx(sum) * kLn2);
+        if (lane_index() == 0) write_lse(p, at, sum == 0.f ? -INFINITY : pivot + log2_approx(sum) * kLn2);
 #pragma unroll
         for (int n = 0; n < total.kPairs; ++n) {
             const int col = total.column(n);
             if (col < p.head_dim_v) {
-                write_pair<T>(p, b, h, i, col, over_warps(col) * factor, over_warps(col + 1) * factor);
+                write_pair<T>(p, at, col, over_warps(col) * factor, over_warps(col + 1) * factor);
             }
         }
     }

@@ -49,8 +49,6 @@ std::string spec_reason(const AttentionParams& p) {
     if (p.q_segments.data || p.k_segments.data) return "segments";
     if (p.prefix_lens.data) return "prefix_lens";
     if (p.leftpad_k.data) return "leftpad_k";
-    if (p.cu_seqlens_q.data || p.cu_seqlens_k.data || p.total_q >= 0 || p.total_k >= 0) return "packed sequences";
-    if (p.block_table.data || p.page_size != 0) return "paged keys";
     if (p.head_dim_qk % 8 != 0) return words("head_dim_qk ", p.head_dim_qk, ": must be a multiple of 8");
     if (p.head_dim_v % 8 != 0) return words("head_dim_v ", p.head_dim_v, ": must be a multiple of 8");
     return {};
@@ -58,7 +56,7 @@ std::string spec_reason(const AttentionParams& p) {
 
 // Of the kernels for many queries.
 std::string long_reason(const AttentionParams& p) {
-    if (p.seqused_k.data) return "key lengths";
+    if (p.page_size != 0) return words("paged keys: for at most ", kFewQueries, " queries");
     if (p.num_splits > 1) return words("num_splits ", p.num_splits);
     return {};
 }
@@ -70,10 +68,17 @@ std::string first_of(std::initializer_list<std::string> reasons) {
     return {};
 }
 
+// Of q, k and what is like them.
+std::string query_reason(const char* name, const AttentionParams& p, const Tensor4& x) {
+    return layout_reason(name, x, batches_q(p), p.heads_q, rows_q(p));
+}
+std::string key_reason(const char* name, const AttentionParams& p, const Tensor4& x) {
+    if (p.page_size != 0) return layout_reason(name, x, 2, p.heads_k, p.page_size);
+    return layout_reason(name, x, batches_k(p), p.heads_k, rows_k(p));
+}
+
 std::string inputs_reason(const AttentionParams& p) {
-    return first_of({layout_reason("q", p.q, p.batch, p.heads_q, p.seqlen_q),
-                     layout_reason("k", p.k, p.batch, p.heads_k, p.seqlen_k),
-                     layout_reason("v", p.v, p.batch, p.heads_k, p.seqlen_k)});
+    return first_of({query_reason("q", p, p.q), key_reason("k", p, p.k), key_reason("v", p, p.v)});
 }
 
 // Whether some key is invisible to some query.
@@ -88,9 +93,9 @@ int forward_variant(const AttentionParams& p) {
         const int variant = std::atoi(asked);
         check(0 <= variant && variant < kVariants, "FASTATTN_SM90_VARIANT ", asked, ": this build has ", kVariants,
               " variants, from 0; FASTATTN_SM90_VARIANTS=1 builds those for timing");
-        return variant;
+        return is_ragged(p) ? std::max(variant, kBanded) : variant;
     }
-    return is_banded(p) ? kBanded : kFull;
+    return is_banded(p) || is_ragged(p) ? kBanded : kFull;
 }
 
 namespace {
@@ -134,6 +139,7 @@ std::string forward_reason(const AttentionParams& p) {
     if (std::string reason = spec_reason(p); !reason.empty()) return reason;
     if (!(p.softmax_scale > 0)) return words("softmax_scale ", p.softmax_scale, ": must be positive");
     if (is_decode(p)) {
+        if (p.page_size % 8 != 0) return words("page_size ", p.page_size, ": must be a multiple of 8");
         const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
         if (rows > kDecodeTile.rows) {
             return words("seqlen_q ", p.seqlen_q, ": with ", p.heads_q / p.heads_k, " heads to a head of keys ", rows,
@@ -143,7 +149,7 @@ std::string forward_reason(const AttentionParams& p) {
         return reason;
     }
     if (!p.q.data) return {};
-    return first_of({inputs_reason(p), layout_reason("out", p.out, p.batch, p.heads_q, p.seqlen_q)});
+    return first_of({inputs_reason(p), query_reason("out", p, p.out)});
 }
 
 std::string backward_reason(const AttentionParams& p) {
@@ -153,32 +159,32 @@ std::string backward_reason(const AttentionParams& p) {
         return words("head_dim ", dim, ": the backward takes at most ", kMaxBackwardHeadDim);
     }
     if (!p.q.data) return {};
-    return first_of({inputs_reason(p), layout_reason("grad_out", p.grad_out, p.batch, p.heads_q, p.seqlen_q),
-                     layout_reason("dq", p.dq, p.batch, p.heads_q, p.seqlen_q),
-                     layout_reason("dk", p.dk, p.batch, p.heads_k, p.seqlen_k),
-                     layout_reason("dv", p.dv, p.batch, p.heads_k, p.seqlen_k)});
+    return first_of({inputs_reason(p), query_reason("grad_out", p, p.grad_out), query_reason("dq", p, p.dq),
+                     key_reason("dk", p, p.dk), key_reason("dv", p, p.dv)});
 }
 
 std::string configuration(const AttentionParams& p, bool backward) {
+    const char* packed = p.page_size != 0 ? ", paged keys" : p.total_q >= 0 ? ", packed sequences" : "";
     if (backward) {
         const KeyTile tile = key_tile(backward_head_dim(p));
         return words("Hopper (sm_90a: TMA, wgmma), backward, tiles of ", tile.queries, " queries x ", tile.keys,
-                     " keys");
+                     " keys", packed);
     }
     if (is_decode(p)) {
         return words("Hopper (sm_90a: TMA), decoding, tiles of ", kDecodeTile.rows, " rows x ", kDecodeTile.keys,
-                     " keys, ", decode_stages(decode_head_dim(p)), " stages, up to ", kMaxSplits,
-                     " splits of the keys");
+                     " keys, ", decode_stages(decode_head_dim(p)), " stages, up to ", kMaxSplits, " splits of the keys",
+                     packed);
     }
-    const ForwardTile tile = forward_tile(forward_head_dim(p), forward_variant(p));
+    const ForwardTile tile = forward_tile(forward_head_dim(p), forward_variant(p), is_ragged(p));
     return words("Hopper (sm_90a: TMA, wgmma), forward, tiles of ", tile.queries, " queries x ", tile.keys, " keys, ",
-                 tile.stages, " stages", tile.ping_pong ? ", ping-pong" : "", tile.persistent ? ", persistent" : "");
+                 tile.stages, " stages", tile.ping_pong ? ", ping-pong" : "", tile.persistent ? ", persistent" : "",
+                 packed);
 }
 
 int64_t forward_workspace_bytes(const AttentionParams& p) {
     if (!is_decode(p)) return 0;
     const int64_t splits = decode_splits(p);
-    return splits == 1 ? 0 : 4 * splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 1);
+    return splits == 1 ? 0 : 4 * splits * all_rows(p) * (p.head_dim_v + 1);
 }
 
 int64_t backward_workspace_bytes(const AttentionParams& p) {

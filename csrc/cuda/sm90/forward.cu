@@ -1,6 +1,7 @@
 // The Hopper forward for one element type and head dimension.
 #include "cuda/sm90/forward.h"
 
+#include <type_traits>
 #include <utility>
 
 #include "cuda/launch.h"
@@ -10,10 +11,10 @@
 namespace fastattn::cuda::sm90 {
 namespace {
 
-template <typename T, int kHeadDim, int kVariant>
+template <typename T, int kHeadDim, int kVariant, bool kRagged>
 FASTATTN_KERNEL(forward_tile(kHeadDim, kVariant).threads(), 1)
 forward_kernel(FASTATTN_CONSTANT ForwardArguments arguments) {
-    using Block = Forward<T, kHeadDim, kVariant>;
+    using Block = Forward<T, kHeadDim, kVariant, kRagged>;
     const Block block(arguments);
     if (thread_index() == 0) {
         prefetch_tensor_map(&arguments.q);
@@ -32,29 +33,33 @@ forward_kernel(FASTATTN_CONSTANT ForwardArguments arguments) {
     }
 }
 
-template <typename T, int kHeadDim, int kVariant>
+template <typename T, int kHeadDim, int kVariant, bool kRagged>
 void launch_variant(const AttentionParams& p, int multiprocessors, void* stream) {
-    using Kernel = Forward<T, kHeadDim, kVariant>;
+    using Kernel = Forward<T, kHeadDim, kVariant, kRagged>;
     constexpr ForwardTile kTile = Kernel::kTile;
     const ForwardArguments arguments{
-        tensor_map<typename Kernel::Queries>(p.dtype, p.q, p.batch, p.heads_q, p.seqlen_q, p.head_dim_qk,
-                                             kTile.queries),
-        tensor_map<typename Kernel::Keys>(p.dtype, p.k, p.batch, p.heads_k, p.seqlen_k, p.head_dim_qk, kTile.keys),
-        tensor_map<typename Kernel::Values>(p.dtype, p.v, p.batch, p.heads_k, p.seqlen_k, p.head_dim_v, kTile.keys),
-        tensor_map<typename Kernel::Outputs>(p.dtype, p.out, p.batch, p.heads_q, p.seqlen_q, p.head_dim_v, 64),
+        query_map<typename Kernel::Queries>(p, p.q, p.head_dim_qk, kTile.queries),
+        key_map<typename Kernel::Keys>(p, p.k, p.head_dim_qk, kTile.keys),
+        key_map<typename Kernel::Values>(p, p.v, p.head_dim_v, kTile.keys),
+        query_map<typename Kernel::Outputs>(p, p.out, p.head_dim_v, 64),
         p,
     };
-    const int64_t tiles = (p.seqlen_q + kTile.queries - 1) / kTile.queries * p.heads_q * p.batch;
+    const int64_t tiles = SequenceTiles<kTile.queries>::of_queries(p).count() * p.heads_q;
     check(tiles <= 0x7fffffff, tiles, " tiles of queries: at most 2^31 - 1");
     const int64_t blocks = kTile.persistent && tiles > multiprocessors ? multiprocessors : tiles;
-    launch(forward_kernel<T, kHeadDim, kVariant>, {blocks}, kTile.threads(),
+    launch(forward_kernel<T, kHeadDim, kVariant, kRagged>, {blocks}, kTile.threads(),
            static_cast<int>(forward_shared_bytes(kHeadDim, kVariant)), stream, arguments);
 }
 
 template <typename T, int kHeadDim, int... kVariant>
 void launch_one_of(std::integer_sequence<int, kVariant...>, int variant, const AttentionParams& p, int multiprocessors,
                    void* stream) {
-    ((variant == kVariant ? launch_variant<T, kHeadDim, kVariant>(p, multiprocessors, stream) : void()), ...);
+    const auto try_one = [&](auto constant) {
+        if (variant != constant) return;
+        if (!is_ragged(p)) return launch_variant<T, kHeadDim, constant, false>(p, multiprocessors, stream);
+        if constexpr (constant != kFull) launch_variant<T, kHeadDim, constant, true>(p, multiprocessors, stream);
+    };
+    (try_one(std::integral_constant<int, kVariant>{}), ...);
 }
 
 }  // namespace

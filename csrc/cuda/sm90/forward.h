@@ -27,9 +27,9 @@ struct ForwardArguments {
     AttentionParams params;
 };
 
-template <typename T, int kHeadDim, int kVariant>
+template <typename T, int kHeadDim, int kVariant, bool kRagged>
 struct Forward {
-    static constexpr ForwardTile kTile = forward_tile(kHeadDim, kVariant);
+    static constexpr ForwardTile kTile = forward_tile(kHeadDim, kVariant, kRagged);
     static constexpr int kStages = kTile.stages, kConsumers = kTile.consumers();
     static constexpr int kHeadDimV = value_dim(kHeadDim), kThreads = kTile.threads();
     static constexpr int kProducerRegisters = kTile.producer_registers();
@@ -38,15 +38,15 @@ struct Forward {
     using Keys = Operand<kTile.keys, kHeadDim>;
     using Values = Operand<kTile.keys, kHeadDimV>;
     using Outputs = Operand<kTile.queries, kHeadDimV>;  // in the place of Queries
-    using TileWork = Work<kTile.queries, kTile.keys, kTile.persistent>;
+    using TileWork = Work<kTile.queries, kTile.keys, kTile.persistent, kRagged>;
     static_assert(Outputs::kSpan == Queries::kSpan && Outputs::kBytes <= Queries::kBytes);
 
-    // Named barriers: the turn of each consumer, and one for the warps of each.
-    static constexpr int kTurn = 1, kGroup = 4;
+    // Named barriers: the turn of each consumer, one for the warps of each, and one for all of them.
+    static constexpr int kTurn = 1, kGroup = 4, kAll = 7;
 
     const ForwardArguments& arguments;
     const AttentionParams& p = arguments.params;
-    const Band band = Band::of(p, 0);  // of every batch entry: none has a length of its own
+    const Band first_band = kRagged ? Band() : Band::of<false>(p, 0);  // the same for all but for `batch`
     const uint32_t q = smem_base(), k = q + Queries::kBytes, v = k + kStages * Keys::kBytes;
     const uint32_t barriers = v + kStages * Values::kBytes;
 
@@ -75,8 +75,8 @@ struct Forward {
     // One thread: all loads. K of tile n + 1 comes before V of tile n, the order in which they are used.
     FASTATTN_DEVICE void produce() const {
         RingPlace<kStages> k_place, v_place;
-        TileWork work;
-        for (int turn = 0; work.get(p, band, turn); ++turn) {
+        TileWork work(first_band);
+        for (int turn = 0; work.get(p, turn); ++turn) {
             const int count = work.tiles.count();
             if (turn > 0) mbarrier_wait(q_empty(), (turn - 1) & 1);
             if (count == 0) {  // or those who compute would be more than a turn ahead, and q_empty's parity ambiguous
@@ -84,7 +84,7 @@ struct Forward {
                 continue;
             }
             mbarrier_arrive_expect_tx(q_full(), Queries::kBytes);
-            Queries::load(q, arguments.q, q_full(), work.i0, work.h, work.b);
+            Queries::load(q, arguments.q, q_full(), work.band.first_q + work.i0, work.h, work.band.batch);
             for (int n = 0; n <= count; ++n) {
                 if (n < count) {
                     load_next<Keys>(k, arguments.k, k_full(k_place.stage), k_empty(k_place.stage), k_place, work, n);
@@ -100,10 +100,10 @@ struct Forward {
     FASTATTN_DEVICE void consume() const {
         const int group = thread_index() / 128 - 1;
         RingPlace<kStages> k_place, v_place;
-        TileWork work;
+        TileWork work(first_band);
         if (kTile.ping_pong && group == kConsumers - 1) pass_turn(group);  // the first has the first turn
         int turn = 0;
-        for (; work.get(p, band, turn); ++turn) {
+        for (; work.get(p, turn); ++turn) {
             RowSoftmax softmax(static_cast<float>(p.softmax_scale) * kLog2E);
             float out[kHeadDimV / 2];
 #pragma unroll
@@ -121,7 +121,8 @@ private:
                                           RingPlace<kStages>& place, const TileWork& work, int n) {
         mbarrier_wait(empty, place.parity ^ 1);
         mbarrier_arrive_expect_tx(full, Tile::kBytes);
-        Tile::load(ring + place.stage * Tile::kBytes, map, full, work.tiles.at(n) * kTile.keys, work.hk, work.b);
+        Tile::load(ring + place.stage * Tile::kBytes, map, full, work.band.first_k + work.tiles.at(n) * kTile.keys,
+                   work.hk, work.band.batch);
         place.advance();
     }
 
@@ -133,6 +134,17 @@ private:
     }
     static FASTATTN_DEVICE void release(uint32_t empty) {
         if (lane_index() == 0) mbarrier_arrive(empty);
+    }
+
+    // Values behind the sequence's last key are anything, and 0 * inf is NaN: they become 0. All who compute wait for
+    // each other here, so none may have the turn.
+    FASTATTN_DEVICE void clear_values(const TileWork& work, int n, const RingPlace<kStages>& place) const {
+        const int keys = work.band.seqlen_k - work.tiles.at(n) * kTile.keys;
+        if (!kRagged || keys >= kTile.keys) return;
+        mbarrier_wait(v_full(place.stage), place.parity);
+        Values::clear_rows(v + place.stage * Values::kBytes, keys, thread_index() - 128, 128 * kConsumers);
+        fence_proxy_async();
+        named_barrier_sync(kAll, 128 * kConsumers);
     }
 
     // Starts S = Q K^T.
@@ -158,7 +170,7 @@ private:
     }
 
     // Scores of keys outside the band become -inf.
-    FASTATTN_DEVICE void apply_band(float (&s)[kTile.keys / 2], int i0, int j0) const {
+    static FASTATTN_DEVICE void apply_band(float (&s)[kTile.keys / 2], const Band& band, int i0, int j0) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = i0 + fragment_row() + 8 * half;
@@ -187,13 +199,14 @@ private:
             wgmma_wait<0>(s);
             release(k_empty(k_place.stage));
             k_place.advance();
-            if (masked > 0) apply_band(s, i0, work.tiles.at(0) * kTile.keys);
+            if (masked > 0) apply_band(s, work.band, i0, work.tiles.at(0) * kTile.keys);
             softmax.weigh<true>(s, shrink);
             pack_weights(weights, s);
         }
         int n = 1;
         for (; n < masked; ++n) step<true>(work, group, i0, n, softmax, out, weights, k_place, v_place);
         for (; n < count; ++n) step<false>(work, group, i0, n, softmax, out, weights, k_place, v_place);
+        clear_values(work, count - 1, v_place);
         mbarrier_wait(v_full(v_place.stage), v_place.parity);
         multiply_values(out, weights, v_place.stage);
         wgmma_wait<0>(out);
@@ -207,6 +220,7 @@ private:
                               float (&out)[kHeadDimV / 2], uint32_t (&weights)[kTile.keys / 16][4],
                               RingPlace<kStages>& k_place, RingPlace<kStages>& v_place) const {
         float s[kTile.keys / 2], shrink[2];
+        clear_values(work, n - 1, v_place);
         mbarrier_wait(k_full(k_place.stage), k_place.parity);
         wait_turn(group);
         multiply_keys(s, group, k_place.stage);
@@ -216,7 +230,7 @@ private:
         wgmma_wait<1>(s);
         release(k_empty(k_place.stage));
         k_place.advance();
-        if (kMasked) apply_band(s, i0, work.tiles.at(n) * kTile.keys);
+        if (kMasked) apply_band(s, work.band, i0, work.tiles.at(n) * kTile.keys);
         softmax.weigh<kMasked>(s, shrink);
         wgmma_wait<0>(out);
         release(v_empty(v_place.stage));
@@ -238,7 +252,6 @@ private:
         softmax.finish();
         named_barrier_sync(kGroup + group, 128);  // all four warps are done with Q
         bool broken = false;
-        float* lse = static_cast<float*>(p.lse.data) + work.b * p.lse.stride[0] + work.h * p.lse.stride[1];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = 64 * group + fragment_row() + 8 * half, i = work.i0 + row;
@@ -250,15 +263,20 @@ private:
                 check = fmaf(0.f, x, fmaf(0.f, y, check));
                 store_shared(Outputs::address(q, row, n) + 2 * fragment_col(), pack<T>(x * factor, y * factor));
             }
-            if (i >= band.seqlen_q) continue;
+            if (i >= work.band.seqlen_q) continue;
             broken = broken || check != 0.f;
-            if (lane_index() % 4 == 0) store_global(&lse[i * p.lse.stride[2]], softmax.lse(half));
+            if (lane_index() % 4 == 0) store_global(work.band.row_of(p.lse, work.h, i), softmax.lse(half));
         }
         if (work.tiles.masked() > 0 && any_lane(broken)) redo(work, group, softmax);
         fence_proxy_async();
         named_barrier_sync(kGroup + group, 128);
-        if (thread_index() % 128 == 0) {
-            Outputs::store_64(q, 64 * group, arguments.out, work.i0 + 64 * group, work.h, work.b);
+        const int i0 = work.i0 + 64 * group;
+        if (kRagged && i0 + 64 > work.band.seqlen_q) {
+            Outputs::store_some(q, 64 * group, query_matrix<T>(p.out, work.band, work.h, p.head_dim_v).from(i0, 0));
+            named_barrier_sync(kGroup + group, 128);
+            if (thread_index() % 128 == 0) mbarrier_arrive(q_empty());
+        } else if (thread_index() % 128 == 0) {
+            Outputs::store_64(q, 64 * group, arguments.out, work.band.first_q + i0, work.h, work.band.batch);
             bulk_commit();
             bulk_wait_read<0>();
             mbarrier_arrive(q_empty());
@@ -267,6 +285,7 @@ private:
 
     // The 16 rows of a warp, for the NaN of keys that they do not see.
     FASTATTN_DEVICE void redo(const TileWork& work, int group, const RowSoftmax& softmax) const {
+        const Band& band = work.band;
         warp_barrier();
 #pragma unroll 1
         for (int r = 0; r < 16; ++r) {
@@ -275,8 +294,8 @@ private:
             const float normalizer = shuffle(r < 8 ? softmax.normalizer(0) : softmax.normalizer(1), r % 8 * 4);
             if (work.i0 + row >= band.seqlen_q) break;
             RowSum<kHeadDimV> out;
-            redo_keys<T>(p, band, work.b, work.h, work.hk, work.i0 + row, 0, band.seqlen_k, softmax.unit, max,
-                         normalizer, out);
+            redo_keys<T>(p, band, work.h, work.i0 + row, 0, band.seqlen_k, softmax.unit, max, normalizer, out,
+                         [&](const Tensor4& x, int j) { return key_row<T>(x, band, work.hk, j); });
             out.template write<T, kTile.queries>(q, row, 1.f);
         }
     }

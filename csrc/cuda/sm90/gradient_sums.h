@@ -1,39 +1,35 @@
 // The workspace of the backward, which sm80::prepare fills in part: delta and lse of each query, then the sums of dQ.
 #pragma once
 
-#include "cuda/ptx/execution.h"
-#include "params.h"
+#include "cuda/sm90/sequences.h"
 
 namespace fastattn::cuda::sm90 {
 
 // Of each query; the sums begin after both, at a multiple of 128 bytes.
-inline int64_t sums_offset_bytes(const AttentionParams& p) {
-    return (2 * 4 * p.batch * p.heads_q * p.seqlen_q + 127) / 128 * 128;
-}
+inline int64_t sums_offset_bytes(const AttentionParams& p) { return (2 * 4 * all_rows(p) + 127) / 128 * 128; }
 inline float* gradient_sums(const AttentionParams& p) {
     return reinterpret_cast<float*>(static_cast<char*>(p.workspace) + sums_offset_bytes(p));
 }
 
 // Floats.
 inline int64_t sums_size(const AttentionParams& p, int head_dim) {
-    return p.batch * p.heads_q * ((p.seqlen_q + 63) / 64) * 64 * head_dim;
+    return p.heads_q * SequenceTiles<64>::of_queries(p).count() * 64 * head_dim;
 }
 
-// Sums of dQ are kept as the accumulators lie in the threads: for each tile of 64 queries head_dim / 64 parts of 64 x
-// 64, each [8 blocks of 8 columns][128 threads][2 rows, 8 apart][2 columns], so that threads write 16 bytes without
-// bank conflicts and a part is one run of bytes.
-template <int kHeadDim>
+// Sums of dQ are kept as the accumulators lie in the threads: for each head and number of a tile of 64 queries
+// (sequences.h) head_dim / 64 parts of 64 x 64, each [8 blocks of 8 columns][128 threads][2 rows, 8 apart][2 columns],
+// so that threads write 16 bytes without bank conflicts and a part is one run of bytes.
+template <int kHeadDim, bool kRagged>
 struct GradientSums {
     static constexpr int kParts = kHeadDim / 64, kPart = 64 * 64, kPartBytes = 4 * kPart;
 
-    static FASTATTN_DEVICE float* part(float* sums, const AttentionParams& p, int64_t b, int64_t h, int64_t tile,
-                                       int part) {
-        return sums + (((b * p.heads_q + h) * ((p.seqlen_q + 63) / 64) + tile) * kParts + part) * kPart;
+    static FASTATTN_DEVICE float* part(float* sums, const AttentionParams& p, int64_t h, int64_t number, int part) {
+        return sums + ((h * SequenceTiles<64, kRagged>::of_queries(p).count() + number) * kParts + part) * kPart;
     }
-    // Where columns col and col + 1 (col even) of query i lie.
-    static FASTATTN_DEVICE float* pair(float* sums, const AttentionParams& p, int64_t b, int64_t h, int i, int col) {
+    // Where columns col and col + 1 (col even) of query i of a sequence lie, whose first tile has this number.
+    static FASTATTN_DEVICE float* pair(float* sums, const AttentionParams& p, int64_t h, int first, int i, int col) {
         const int row = i % 64, thread = row / 16 * 32 + row % 8 * 4 + col % 8 / 2;
-        return part(sums, p, b, h, i / 64, col / 64) + (col % 64 / 8 * 128 + thread) * 4 + row % 16 / 8 * 2;
+        return part(sums, p, h, first + i / 64, col / 64) + (col % 64 / 8 * 128 + thread) * 4 + row % 16 / 8 * 2;
     }
 };
 

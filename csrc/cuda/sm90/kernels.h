@@ -9,7 +9,7 @@
 namespace fastattn::cuda::sm90 {
 
 // T: Half or BFloat16. kHeadDim: 64, 96, 128, 192 or 256, which holds head_dim_qk and head_dim_v (192: at most 128).
-// What is asked of tensors: unsupported_reason in cuda/sm90/support.h. variant: a row of the table in tiles.h.
+// What is asked of tensors: cuda/sm90/dispatch.cu. variant: a row of the table in tiles.h.
 template <typename T, int kHeadDim>
 void forward(const AttentionParams& params, int variant, int multiprocessors, void* stream);
 

@@ -1,7 +1,9 @@
 // Tiles of 16-bit elements in shared memory, as the tensor memory accelerator writes and wgmma reads them.
 #pragma once
 
+#include "cuda/matrix.h"
 #include "cuda/ptx/bulk_copy.h"
+#include "cuda/ptx/shared.h"
 #include "cuda/ptx/wgmma.h"
 
 namespace fastattn::cuda::sm90 {
@@ -41,11 +43,32 @@ struct Operand {
             tma_load(tile + n * kSpanBytes, map, barrier, col + n * kSpan, row, head, batch);
         }
     }
+    // Rows from `first` on become 0; of `threads` this is number `thread`. fence_proxy_async() and a barrier follow.
+    static FASTATTN_DEVICE void clear_rows(uint32_t tile, int first, int thread, int threads) {
+        constexpr int kChunks = kCols / 8;
+#pragma unroll 1
+        for (int n = first * kChunks + thread; n < kRows * kChunks; n += threads) {
+            store_shared(address(tile, n / kChunks, n % kChunks), Float4{});
+        }
+    }
     // The other way, for 64 rows of the tile from `first` on, of a map whose boxes have 64 rows. One thread commits.
     static FASTATTN_DEVICE void store_64(uint32_t tile, int first, const TensorMap& map, int row, int head, int batch) {
 #pragma unroll
         for (int n = 0; n < kSpans; ++n) {
             tma_store(map, tile + n * kSpanBytes + first * kRowBytes, n * kSpan, row, head, batch);
+        }
+    }
+    // The same of those of the 64 rows that `to` has, by ordinary stores of the threads of a warpgroup: behind a packed
+    // sequence's last row the next one begins, which TMA would write.
+    template <typename T>
+    static FASTATTN_DEVICE void store_some(uint32_t tile, int first, const Matrix<T>& to) {
+        constexpr int kChunks = kCols / 8;
+#pragma unroll 1
+        for (int n = thread_index() % 128; n < 64 * kChunks; n += 128) {
+            const int row = n / kChunks, chunk = n % kChunks;
+            if (row >= to.rows || 8 * chunk >= to.cols) continue;
+            store_global(reinterpret_cast<Words4*>(to.data + row * to.row_stride + 8 * chunk),
+                         load_shared<Words4>(address(tile, first + row, chunk)));
         }
     }
 

@@ -22,8 +22,9 @@ struct ForwardTile {
 
 constexpr int value_dim(int head_dim) { return head_dim == 192 ? 128 : head_dim; }
 
-// Variants 0 and 1 are what calls get. Those after them are for timing, compiled where FASTATTN_SM90_VARIANTS=1 at the
-// build and chosen by FASTATTN_SM90_VARIANT=n at a call: every tile below with and without turns and persistent blocks.
+// Variants 0 and 1 are what calls get, with sequences of different lengths always 1. Those after them are for timing,
+// compiled where FASTATTN_SM90_VARIANTS=1 at the build and chosen by FASTATTN_SM90_VARIANT=n at a call: every tile
+// below with and without turns and persistent blocks.
 constexpr int kFull = 0, kBanded = 1, kFirstTimed = 2;
 
 constexpr ForwardTile default_tile(int head_dim, bool banded) {
@@ -54,8 +55,13 @@ constexpr int kVariants = kFirstTimed + 4 * kTimedSizes;
 constexpr int kVariants = kFirstTimed;
 #endif
 
-constexpr ForwardTile forward_tile(int head_dim, int variant) {
-    if (variant < kFirstTimed) return default_tile(head_dim, variant == kBanded);
+constexpr ForwardTile forward_tile(int head_dim, int variant, bool ragged = false) {
+    if (variant < kFirstTimed) {
+        ForwardTile tile = default_tile(head_dim, variant == kBanded);
+        // Shares of uneven sequences would be uneven: blocks that wait for a multiprocessor even them out.
+        tile.persistent = tile.persistent && !ragged;
+        return tile;
+    }
     const int n = variant - kFirstTimed;
     const TileSize size = timed_size(head_dim, n / 4);
     return {size.queries, size.keys, size.stages, (n & 1) != 0, (n & 2) != 0};

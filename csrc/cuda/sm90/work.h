@@ -1,21 +1,24 @@
 // Which tile of queries a block works on, and the keys that it sees.
 #pragma once
 
-#include "cuda/band.h"
-#include "cuda/scheduler.h"
-#include "params.h"
+#include "cuda/sm90/sequences.h"
 
 namespace fastattn::cuda::sm90 {
 
-template <int kQueries, int kKeys, bool kPersistent>
+template <int kQueries, int kKeys, bool kPersistent, bool kRagged>
 struct Work {
-    int b, h, hk;     // batch entry, head of queries, head of keys
+    Band band;        // of the sequence
+    int h, hk;        // head of queries, of keys
     int i0;           // the first query
     TileRange tiles;  // of keys
 
-    // The block's work in turn n = 0, 1, ...; false where there is none left.
-    FASTATTN_DEVICE bool get(const AttentionParams& p, const Band& band, int turn) {
-        const int64_t tiles_q = (p.seqlen_q + kQueries - 1) / kQueries, heads = p.batch * p.heads_q;
+    // band: that of any sequence, if not kRagged.
+    FASTATTN_DEVICE explicit Work(const Band& band) : band(band) {}
+
+    // The block's work in turn n = 0, 1, ...; false where there is none left. It may be queries that do not exist,
+    // which see no keys.
+    FASTATTN_DEVICE bool get(const AttentionParams& p, int turn) {
+        const auto numbers = SequenceTiles<kQueries, kRagged>::of_queries(p);
         int64_t index = block_index();
         if (kPersistent) {
             // Every other round backwards: who had the longest tile of one round has the shortest of the next.
@@ -23,12 +26,21 @@ struct Work {
         } else if (turn > 0) {
             return false;
         }
-        if (index >= tiles_q * heads) return false;
-        const WorkItem item =
-            work_item(index, tiles_q, heads, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_k / p.heads_q);
-        b = static_cast<int>(item.head / p.heads_q), h = static_cast<int>(item.head % p.heads_q);
-        hk = h / static_cast<int>(p.heads_q / p.heads_k);
-        i0 = static_cast<int>(tiles_q - 1 - item.tile) * kQueries;  // the last sees the most keys
+        if (index >= numbers.blocks(p.heads_q)) return false;
+        const auto [b, head, tile] = SequenceTile::of(
+            index, numbers, p.heads_q, p.seqlen_k * (p.head_dim_qk + p.head_dim_v) * 2 * p.heads_k / p.heads_q);
+        if (kRagged) {
+            band = Band::of(p, b);
+        } else {
+            band.batch = b;
+        }
+        h = head, hk = h / static_cast<int>(p.heads_q / p.heads_k);
+        const int64_t count = kRagged ? (band.seqlen_q + kQueries - 1) / kQueries : numbers.per_sequence();
+        if (kRagged && tile >= count) {  // no such queries
+            i0 = tile * kQueries, tiles = {};
+            return kPersistent;
+        }
+        i0 = static_cast<int>(count - 1 - tile) * kQueries;  // the last sees the most keys
         tiles = band.key_tiles(i0, min32(i0 + kQueries, band.seqlen_q) - 1, kKeys);
         return true;
     }
