@@ -278,6 +278,7 @@ MANY: dict[str, Any] = {
     "alibi": "batch", "sinks": True, "segments": "batch",
 }  # fmt: skip
 MANY_PACKED: dict[str, Any] = {**MANY, "dropout_p": 0.2, "offset": 25}
+MANY_FEW: dict[str, Any] = {**MANY, "dropout_p": 0.2, "seqlen_q": 2}
 
 CASES = [
     Case("plain"),
@@ -385,6 +386,8 @@ CASES = [
     Case("paged_leftpad_alibi", page_size=8, leftpad=(2, 20), used_k=(47, 30), alibi="batch", causal=True, seqlen_q=2),
     Case("paged_window", page_size=16, used_k=(150, 90), seqlen_k=150, window=(40, 0), seqlen_q=5),
     packed("paged_packed", (5, 1, 12), None, used_k=(20, 33, 12), page_size=8, causal=True, heads_q=4),
+    Case("few_queries", causal=True, dropout_p=0.2, batch=1, seqlen_q=3, seqlen_k=140, heads_q=4, head_dim_qk=64),
+    Case("few_queries_bias", bias=(0, 0, 0, 0), mask=(0, 1, 1, 0), seqlen_q=2, seqlen_k=90, heads_q=4),
     Case("splits", num_splits=3, used_k=(300, 170), seqlen_q=2, seqlen_k=300, causal=True, heads_q=4),
     Case("splits_paged", num_splits=4, used_k=(200, 3), seqlen_q=1, seqlen_k=208, page_size=16),
     # Many features together, so that every pair of them is in some case: tests/test_pairs.py counts.
@@ -396,6 +399,8 @@ CASES = [
     Case("many_padded", leftpad=(7, 2), mask=(0, 1, 1, 0), offset=35, prefix=(60, 30), layout="bshd", **MANY),
     Case("many_pages", page_size=7, used_k=(70, 45), leftpad=(3, 0), causal=True, mask=(0, 1, 0, 0), **MANY),
     Case("many_split_pages", page_size=16, prefix=(40, 30), bias=(1, 0, 0, 0), window=(40, 5), num_splits=2, **MANY),
+    Case("many_few", used_k=(70, 55), leftpad=(4, 9), mask=(0, 1, 0, 0), prefix=(30, 0), window=(20, 2), **MANY_FEW),
+    packed("many_few_packed", (2, 1, 0), (70, 50, 3), used_k=(66, 41, 3), causal=True, **MANY_FEW),
     packed("many_packed", (30, 19), (70, 50), causal=True, mask=(0, 1, 0, 0), bias=(1, 0, 0, 0), **MANY_PACKED),
     packed("many_packed_used", (30, 11), (70, 60), used_k=(66, 41), prefix=(30, 20), window=(40, 3), **MANY_PACKED),
     packed("many_packed_pages", (30, 6), None, used_k=(66, 50), page_size=8, num_splits=2, causal=True, **MANY_PACKED),

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "backward.h"
 #include "decode.h"
+#include "decode_backward.h"
 #include "forward.h"
 #if defined(__AMX_BF16__)
 #include "amx_forward.h"
@@ -21,6 +22,12 @@ void forward(const AttentionParams& p) {
     D::suits(p) ? D(p).run() : Forward<P>(p).run();
 }
 
+template <typename P>
+void backward(const AttentionParams& p) {
+    using D = DecodeBackward<typename P::T, typename P::C>;
+    D::suits(p) ? D(p).run() : Backward<P>(p).run();
+}
+
 void attention_forward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
@@ -37,13 +44,13 @@ void attention_forward(const AttentionParams& p) {
 void attention_backward(const AttentionParams& p) {
     switch (p.dtype) {
         case DType::kFloat16:
-            return Backward<VectorProducts<Half, float>>(p).run();
+            return backward<VectorProducts<Half, float>>(p);
         case DType::kBFloat16:
-            return Backward<BFloat16Products>(p).run();
+            return backward<BFloat16Products>(p);
         case DType::kFloat32:
-            return Backward<VectorProducts<float, float>>(p).run();
+            return backward<VectorProducts<float, float>>(p);
         case DType::kFloat64:
-            return Backward<VectorProducts<double, double>>(p).run();
+            return backward<VectorProducts<double, double>>(p);
     }
 }
 

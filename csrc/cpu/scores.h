@@ -87,6 +87,12 @@ struct Scores {
         return p.bias.data == nullptr && p.softcap == 0 && p.alibi_slopes.data == nullptr && scale > 0;
     }
 
+    // Whether query i sees all keys [first, last), and their scores are plain.
+    bool plain_row(const Entry& e, int64_t i, int64_t first, int64_t last) const {
+        return plain() && p.mask.data == nullptr && p.q_segments.data == nullptr && e.prefix == 0 &&
+               e.key_low(i) <= first && e.key_high(i) >= last;
+    }
+
     // Whether some key may be invisible to some query.
     bool restricted() const {
         return p.mask.data != nullptr || p.bias.data != nullptr || p.q_segments.data != nullptr ||
