@@ -5,7 +5,7 @@
     python -m benchmarks attention calls            some suites
     python -m benchmarks cpu --full                 the CPU kernels against their targets, on the whole grid
     python -m benchmarks report results.json        tables and plot anew from rows
-    python -m benchmarks tune                       Triton's configs and variants, on a GPU, beside torch's kernels
+    python -m benchmarks tune --seconds 540         Triton's configs, on a GPU, beside FlexAttention and torch's FLASH
     python -m benchmarks cuda --seconds 240         CUDA kernels and their variants, on a GPU, beside cuDNN and FA3
     python -m benchmarks e4m3                       errors of attention on 8-bit floats
     python -m benchmarks order results.json         who is asked first on a GPU: fastattn/measured.py, from rows
@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for results (default: benchmarks/out)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where torch sees a GPU)")
     parser.add_argument("--quick", action="store_true", help="one small case per suite: does it run, not how fast")
-    parser.add_argument("--seconds", type=float, default=240.0, help="of cuda: what the whole run may take (240)")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of cuda, tune: what the whole run may take (240)")
     parser.add_argument("--full", action="store_true", help="suite cpu: the whole grid, minutes, not a choice of it")
     parsed = parser.parse_args(arguments)
     if parsed.what[0] in ("report", "order"):
@@ -106,7 +106,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.what == ["tune"]:
         from benchmarks.tune import run as tune
 
-        return tune(options.out or Path(__file__).parent / "out", device, options.quick, list(arguments))
+        out = options.out or Path(__file__).parent / "out"
+        return tune(out, device, options.quick, options.seconds, list(arguments))
     if options.what == ["e4m3"]:
         from benchmarks.e4m3 import run as e4m3
 

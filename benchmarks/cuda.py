@@ -40,6 +40,7 @@ class Job:
     budget_s: float
     barred: Mapping[str, str]
     quick: bool = False
+    suite: str = "cuda"
 
 
 @cache
@@ -70,7 +71,7 @@ def run_cell(
     if cell.deterministic:  # its filling of fresh tensors would be timed with the kernels
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True)
-    rows = {e.name: _row(cell, e.name) for e in entries}
+    rows = {e.name: _row(job.suite, cell, e.name) for e in entries}
     calls: dict[str, Callable[[], Any]] = {}
     for entry in entries:
         row = rows[entry.name]
@@ -99,8 +100,8 @@ def run_cell(
     return list(rows.values())
 
 
-def _row(cell: Cell, name: str) -> Row:
-    return Row("cuda", str(cell.case), cell.direction, str(DTYPE).removeprefix("torch."), name, cell.labels())
+def _row(suite: str, cell: Cell, name: str) -> Row:
+    return Row(suite, str(cell.case), cell.direction, str(DTYPE).removeprefix("torch."), name, cell.labels())
 
 
 def _check(
@@ -157,6 +158,7 @@ class Session:
     who: Contenders = contenders
     quick: bool = False
     patience_s: float = 90.0
+    suite: str = "cuda"
     clock: Callable[[], float] = time.monotonic
     barred: dict[tuple[str, str, int], str] = field(default_factory=dict)  #: contender, direction, head_dim -> reason
     failures: list[str] = field(default_factory=list)
@@ -194,7 +196,7 @@ class Session:
         """Half of a cell's share of the time left is for its timing, the other for checks and compilers."""
         key = (cell.direction, cell.case.head_dim)
         barred = {name: reason for (name, *of), reason in self.barred.items() if tuple(of) == key}
-        return Job(cell, min(max(share_s / 2, 0.02), 1.0), barred, self.quick)
+        return Job(cell, min(max(share_s / 2, 0.02), 1.0), barred, self.quick, self.suite)
 
     def _child(self) -> Child:
         return Child(serve, (str(self.device), self.who), self.patience_s)

@@ -140,7 +140,10 @@ def _flex(case: Case, device: torch.device) -> Attention:
     """torch's flex_attention, compiled, with a block mask built once outside the timed call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    # fullgraph: past the limit of compilations of one function torch would run it uncompiled, and only warn.
+    torch.compiler.reset()
+    torch._functorch.config.donated_buffer = False  # a backward that is timed is run more than once
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     block_mask = None
     if case.causal:
         block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.seqlen_q, case.seqlen_k, device)

@@ -139,7 +139,7 @@ def attention_with_kv_cache(
         _check_new(query, key_cache, value_cache, key, value)
         assert key is not None and value is not None
         used = lengths + key.shape[2]
-        _check_room(lengths, key.shape[2], capacity)
+    _check_room(lengths, 0 if key is None else key.shape[2], capacity)
     k, v = key_cache, value_cache
     if block_table is None and not isinstance(used, Tensor):
         k, v = k[:, :, :used], v[:, :, :used]
@@ -148,9 +148,7 @@ def attention_with_kv_cache(
         )
         seqused, capacity = None, used
     else:
-        seqused = (
-            used.to(torch.int32) if isinstance(used, Tensor) else query.new_full((batch,), used, dtype=torch.int32)
-        )
+        seqused = used if isinstance(used, Tensor) else query.new_full((batch,), used, dtype=torch.int32)
     arguments = prepare_ragged(
         query,
         k,
@@ -182,7 +180,7 @@ def _lengths(
         return capacity
     if isinstance(cache_seqlens, Tensor):
         check_integers("cache_seqlens", cache_seqlens, q, (batch,))
-        return cache_seqlens.expand(batch)
+        return cache_seqlens.to(torch.int32).expand(batch)
     if check_length("cache_seqlens", cache_seqlens) > capacity:
         raise ValueError(
             f"cache_seqlens must be at most {capacity}, the keys that the cache holds, got {cache_seqlens}"
@@ -212,9 +210,8 @@ def _check_room(lengths: int | Tensor, new: int, capacity: int) -> None:
         if lengths + new > capacity:
             raise ValueError(f"the cache has room for {capacity} keys: {lengths} used, {new} new")
     elif checks.enabled():
-        checks.check_lengths(
-            "cache_seqlens", lengths, capacity - new, f"to leave room for {new} new keys of {capacity}"
-        )
+        what = f"to leave room for {new} new keys of {capacity}" if new else "the keys that the cache holds"
+        checks.check_lengths("cache_seqlens", lengths, capacity - new, what)
 
 
 def _rotate(
@@ -231,10 +228,13 @@ def _rotate(
         raise ValueError(
             "rotary_cos and rotary_sin must both be given, as tensors of one shape (positions, rotary_dim / 2)"
         )
+    count = max(q.shape[2] if moves else 1, 0 if k is None else k.shape[2])
     if not isinstance(lengths, Tensor):
-        needed = lengths + max(q.shape[2] if moves else 1, 0 if k is None else k.shape[2])
-        if needed > cos.shape[0]:
-            raise ValueError(f"rotary_cos and rotary_sin have {cos.shape[0]} positions, {needed} are needed")
+        if lengths + count > cos.shape[0]:
+            raise ValueError(f"rotary_cos and rotary_sin have {cos.shape[0]} positions, {lengths + count} are needed")
+    elif checks.enabled():
+        what = f"rotary_cos and rotary_sin have {cos.shape[0]} positions"
+        checks.check_lengths("cache_seqlens", lengths, cos.shape[0] - count, what)
     start = lengths[:, None].long() if isinstance(lengths, Tensor) else lengths
 
     def at(count: int, step: int) -> tuple[Tensor, Tensor]:

@@ -272,6 +272,9 @@ def shape_tensors(s: Shaping, q: Tensor, seqlen_k: int, seqlen_q: int, batch: tu
             raise ValueError(f"q_segments needs k_segments beside it: there are {seqlen_q} queries, {seqlen_k} keys")
         of_k = of_q if of_k is None else of_k
         validate.check_integers("k_segments", of_k, q, (*batch, seqlen_k))
+        if checks.enabled():
+            checks.check_int32("q_segments", of_q)
+            checks.check_int32("k_segments", of_k)
         of_q, of_k = (_fold_rows(x.to(torch.int32), batch, (n,)) for x, n in ((of_q, seqlen_q), (of_k, seqlen_k)))
     if prefix is not None:
         validate.check_integers("prefix_lens", prefix, q, batch)

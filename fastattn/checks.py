@@ -22,9 +22,10 @@ class debug_checks:
 
     Without it these values are trusted, on every device: one that is out of range reads or writes memory that is not
     its own. What is checked: cu_seqlens start at 0, do not decrease, end at the number of packed rows, and no sequence
-    is longer than ``max_seqlen``; ``seqused_k``, ``leftpad_k``, ``prefix_lens`` lie within the keys that there are; the
-    pages in use of a ``block_table`` exist; a cache has room for what is appended; scales of ``attention_fp8`` are
-    positive. Inside ``torch.compile`` nothing is checked.
+    is longer than ``max_seqlen``; ``seqused_k``, ``leftpad_k``, ``prefix_lens`` lie within the keys that there are;
+    the pages in use of a ``block_table`` exist; a cache has room for what is appended, and rotary tables for its
+    positions; segment ids fit in int32; scales of ``attention_fp8`` are positive. Inside ``torch.compile`` nothing is
+    checked.
 
     Args:
         enabled: False switches the checks off. Default: True.
@@ -78,6 +79,12 @@ def check_positive(name: str, x: Tensor) -> None:
     if (wrong := (~(x > 0)).nonzero()).shape[0]:
         at = tuple(wrong[0].tolist())
         raise ValueError(f"{name}[{', '.join(map(str, at))}] is {x[at].item()}: must be positive")
+
+
+def check_int32(name: str, x: Tensor) -> None:
+    """Ids are compared as int32: those that are not, may be equal there."""
+    if x.dtype is torch.int64:
+        _outside(name, x, -(2**31), 2**31 - 1, "kernels compare int32")
 
 
 def check_pages(block_table: Tensor, num_pages: int, page_size: int, used: Tensor | None) -> None:

@@ -79,7 +79,7 @@ def attention(
             to the scores. Default: none.
         sinks: floating ``(heads_q,)``: one more logit per head, in the softmax's denominator only, so that the weights
             of a row may sum to less than 1. A row that sees nothing has output 0 and lse = sink. Default: none.
-        q_segments: integers ``(batch or 1, seq_q)``, taken as int32: a query sees the keys of its own segment (document
+        q_segments: integers ``(batch or 1, seq_q)``, within int32: a query sees the keys of its own segment (document
             masks).
         k_segments: integers ``(batch or 1, seq_k)``. Default: ``q_segments``.
         prefix_lens: integers ``(batch,)``: keys ``j < prefix_lens[b]`` are visible whatever ``causal`` and ``window``

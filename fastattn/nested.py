@@ -15,7 +15,7 @@ def is_nested(*tensors: object) -> bool:
 
 
 def _jagged(name: str, x: Any, ragged_dim: int) -> Any:
-    """``x`` without holes, or an error unless it is jagged in dimension ``ragged_dim``."""
+    """``x`` as ``(batch, seq*, ...)`` without holes, or an error unless it is jagged in dimension ``ragged_dim``."""
     if not x.is_nested or x.layout is not torch.jagged:
         kind = "a NestedTensor in strided layout" if x.is_nested else "a dense tensor"
         raise NotImplementedError(
@@ -24,7 +24,16 @@ def _jagged(name: str, x: Any, ragged_dim: int) -> Any:
         )
     if x._ragged_idx != ragged_dim:
         raise ValueError(f"{name} must be jagged in dimension {ragged_dim}, got {x._ragged_idx}")
-    return x.contiguous() if x.lengths() is not None else x
+    x = x.transpose(1, ragged_dim)
+    return x if x.lengths() is None else _without_holes(x)
+
+
+def _without_holes(x: Any) -> Tensor:
+    """The rows in use, one behind the other; differentiable, which ``x.contiguous()`` is not."""
+    ends = x.lengths().cumsum(0)
+    moved = (x.offsets()[:-1] - ends + x.lengths()).repeat_interleave(x.lengths())
+    rows = torch.arange(moved.shape[0], device=moved.device) + moved
+    return torch.nested.nested_tensor_from_jagged(x.values()[rows], offsets=torch.nn.functional.pad(ends, (1, 0)))
 
 
 def attention_nested(query: Any, key: Any, value: Any, gqa_hint: str | None = None, **options: Any) -> Any:
@@ -39,7 +48,7 @@ def attention_nested(query: Any, key: Any, value: Any, gqa_hint: str | None = No
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got {x.dim()} dimensions")
-    q, k, v = (_jagged(name, x, 2).transpose(1, 2) for name, x in named)
+    q, k, v = (_jagged(name, x, 2) for name, x in named)
     if gqa_hint and query.shape[1] != key.shape[1]:
         raise ValueError(f"query and key have different numbers of heads; {gqa_hint}")
     of_q, of_k = q.offsets().to(torch.int32), k.offsets().to(torch.int32)

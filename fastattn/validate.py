@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.spec import LARGEST, SUPPORTED_DTYPES, UNBOUNDED, dtype_names
+from fastattn.spec import LARGEST, SUPPORTED_DTYPES, dtype_names
 
 
 def check_flag(name: str, x: bool) -> None:
@@ -20,8 +20,8 @@ def check_offset(offset: int | None) -> None:
         return
     if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(f"offset must be None or an int, got {offset!r}")
-    if abs(offset) > UNBOUNDED:
-        raise ValueError(f"offset must be from -2**40 to 2**40, got {offset}")
+    if abs(offset) > 2**30:
+        raise ValueError(f"offset must be from -2**30 to 2**30, got {offset}")
 
 
 def check_softcap(softcap: float) -> None:

@@ -280,6 +280,8 @@ MANY: dict[str, Any] = {
 MANY_PACKED: dict[str, Any] = {**MANY, "dropout_p": 0.2, "offset": 25}
 MANY_FEW: dict[str, Any] = {**MANY, "dropout_p": 0.2, "seqlen_q": 2}
 
+SINGLE: dict[str, Any] = {"batch": 1, "heads_q": 1, "heads_k": 1}
+
 CASES = [
     Case("plain"),
     Case("one_by_one", batch=1, heads_q=1, heads_k=1, seqlen_q=1, seqlen_k=1),
@@ -361,6 +363,9 @@ CASES = [
     Case("segments_long", segments="batch", batch=1, heads_q=1, heads_k=1, seqlen_q=300, seqlen_k=330),
     Case("prefix_causal", prefix=(11, 0), causal=True),
     Case("prefix_window", prefix=(40, 3), window=(6, 2), seqlen_q=70, seqlen_k=70),
+    # Keys of the prefix where the window has none: behind all keys, and of another segment.
+    Case("prefix_before_windows", prefix=(10,), window=(2, None), offset=0, seqlen_q=150, seqlen_k=20, **SINGLE),
+    Case("prefix_of_a_segment", prefix=(30,), window=(3, 0), segments="batch", offset=40, seqlen_q=220, **SINGLE),
     Case("prefix_segments_mask", prefix=(9, 20), causal=True, segments="batch", mask=(0, 1, 1, 0)),
     Case("prefix_alibi_bias", prefix=(9, 47), causal=True, alibi="heads", bias=(1, 0, 0, 0)),
     packed("packed", (33, 7, 20), (33, 7, 20)),

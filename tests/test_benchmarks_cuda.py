@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,11 @@ from benchmarks import cuda
 from benchmarks.__main__ import main
 from benchmarks.cuda_cells import HEAD_DIMS, Cell, Contender, Truth, cells, contenders, environment, one_head, prepare
 from benchmarks.cuda_table import cell_table, groups, ratio_rows, section, variant_table
-from benchmarks.isolated import Child, Failure, Pulse
+from benchmarks.isolated import Child, Failure
 from benchmarks.peers import Case
 from benchmarks.rows import Results, Row
 from fastattn import reference
-from tests.child_jobs import serve
+from tests.child_jobs import Crash, InProcess, serve
 
 CPU = torch.device("cpu")
 SMALL = Case(1, 4, 50, 50, 16, causal=True, heads_k=2)
@@ -80,29 +79,6 @@ def test_environment_is_put_back() -> None:
     with environment({"FASTATTN_SM90_VARIANT": "3", "HOME": "elsewhere"}):
         assert os.environ["FASTATTN_SM90_VARIANT"] == "3" and os.environ["HOME"] == "elsewhere"
     assert dict(os.environ) == before
-
-
-class Crash(BaseException):
-    """What a process that dies looks like to the one that waits for it."""
-
-
-class InProcess:
-    """A Child that shares this process."""
-
-    made = 0
-
-    def __init__(self, serve: Any, arguments: tuple[Any, ...], patience_s: float) -> None:
-        InProcess.made += 1
-        self.pulse, self.serve, self.arguments = Pulse(multiprocessing), serve, arguments
-
-    def run(self, job: Any) -> Any:
-        try:
-            return self.serve(job, self.pulse, *self.arguments)
-        except Crash:
-            return Failure(self.pulse.name, "the process ended with -11")
-
-    def stop(self) -> None:
-        pass
 
 
 def _scaled(factor: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

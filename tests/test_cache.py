@@ -142,6 +142,8 @@ Q, CACHE, ROWS = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 10, 8), torch.randn(
 NEW, PAGES = torch.randn(2, 2, 3, 8), torch.randn(5, 2, 4, 8)
 TABLE, USED, CU = torch.tensor([[0, 1], [2, 9]]).int(), torch.tensor([3, 7]).int(), torch.tensor([0, 5, 12]).int()
 
+ANGLES, IDS = torch.randn(30, 3), torch.tensor([[0] * 9 + [2**32]] * 2)
+
 
 def varlen(cu: Any = CU, **options: Any) -> Any:
     return fastattn.attention_varlen(ROWS, ROWS, ROWS, cu, **options)
@@ -172,7 +174,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: paged(), ValueError, r"block_table\[1, 1\] is 9: must be from 0 to 4, the cache has 5 pages"),
     (lambda: paged(block_table=TABLE.long()), TypeError, "block_table must be an int32 tensor, got torch.int64"),
     (lambda: paged(block_table=TABLE[:1]), ValueError, r"block_table must have shape \(batch, pages\) = \(2, pages\)"),
-    (lambda: paged(cache_seqlens=USED + 2), ValueError, r"seqused_k\[1\] is 9: must be from 0 to 8"),
+    (lambda: paged(cache_seqlens=USED + 2), ValueError, r"cache_seqlens\[1\] is 9: must be from 0 to 8"),
     (lambda: paged(cache_seqlens=None), ValueError, "cache_seqlens is needed"),
     (lambda: cached(key=NEW, cache_seqlens=1), ValueError, "appended together"),
     (lambda: cached(key=NEW, value=NEW), ValueError, "cache_seqlens is needed"),
@@ -182,6 +184,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: cached(leftpad_k=torch.tensor([0, 11])), ValueError, r"leftpad_k\[1\] is 11: must be from 0 to 10"),
     (lambda: cached(cache_seqlens=torch.tensor([1.0, 2.0])), TypeError, "cache_seqlens must hold integers"),
     (lambda: cached(rotary_cos=torch.ones(3, 2)), ValueError, "rotary_cos and rotary_sin must both be given"),
+    (lambda: cached(rotary_cos=ANGLES, rotary_sin=ANGLES, cache_seqlens=USED + 23), ValueError, r"30 positions"),
     (lambda: cached(num_splits=-1), ValueError, "num_splits must be at least 0"),
     (lambda: shaped(softcap=-1.0), ValueError, "softcap must be 0 .*got -1"),
     (lambda: shaped(softcap=torch.nan), ValueError, "softcap must be 0 .*got nan"),
@@ -192,6 +195,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: shaped(sinks=torch.ones(4).int()), TypeError, "sinks must be of dtype .*got int32"),
     (lambda: shaped(q_segments=torch.ones(2, 3).int()), ValueError, "q_segments needs k_segments.* 3 queries, 10 keys"),
     (lambda: shaped(k_segments=torch.ones(2, 10).int()), ValueError, "k_segments needs q_segments"),
+    (lambda: shaped(q_segments=IDS[:, :3], k_segments=IDS), ValueError, r"k_segments\[0, 9\] is 4294967296.* int32"),
     (lambda: shaped(prefix_lens=torch.ones(3).int()), ValueError, r"prefix_lens must have shape \(2,\), got \(3,\)"),
     (lambda: shaped(prefix_lens=torch.tensor([1, 11])), ValueError, r"prefix_lens\[1\] is 11"),
 ]
@@ -283,9 +287,6 @@ def test_compiled_pages_with_changing_lengths() -> None:
             yield Q, NEW, store, store, torch.tensor([n, n // 2]).int(), table
 
     assert_compiled_once(step, calls())
-
-
-ANGLES = torch.randn(30, 3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gemma2"])

@@ -174,6 +174,17 @@ def test_nested_tensors_equal_their_sequences(name: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+def test_nested_tensors_with_holes() -> None:
+    """Rows between the end of a sequence and the next one's beginning belong to none."""
+    rows, offsets, lengths = torch.randn(18, 2, 8, requires_grad=True), [0, 5, 6, 9, 18], [3, 1, 0, 4]
+    x = torch.nested.nested_tensor_from_jagged(rows, torch.tensor(offsets), lengths=torch.tensor(lengths))
+    out = fastattn.attention(*[x.transpose(1, 2)] * 3, causal=True).transpose(1, 2).values()
+    parts = [rows[begin : begin + n].transpose(0, 1) for begin, n in zip(offsets, lengths, strict=False)]
+    alone = torch.cat([fastattn.attention(y, y, y, causal=True).transpose(0, 1) for y in parts])
+    torch.testing.assert_close(out, alone)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), rows)[0] for y in (out, alone)))
+
+
 def test_nested_segments_and_lse() -> None:
     x = jagged(torch.randn(sum(PARTS), 2, 8), PARTS).transpose(1, 2)
     ids = like(torch.randint(0, 2, (sum(PARTS),)), x.transpose(1, 2))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastattn.backends.triton import TritonBackend, version
-from fastattn.backends.triton.configs import SHARED_MEMORY, TABLE, VARIANTS, Features, Width, bucket, config
+from fastattn.backends.triton.configs import SHARED_MEMORY, TABLE, Features, Width, config
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -75,20 +75,6 @@ def test_every_call_has_a_config() -> None:
                 f = Features(dim, min(dim, 512), DROPOUT=dim % 2 == 0)
                 c = config(arch, bits, f, kernel)
                 assert c.BLOCK_M >= 16 and c.BLOCK_N >= 16 and c.reason
-    for arch, bits, size, kernel in VARIANTS:
-        assert TABLE[arch, bits, size][kernel] not in VARIANTS[arch, bits, size, kernel]
-        assert bucket(Features(size, size)) == size
-
-
-def test_tuning_puts_a_variant_in_the_tables_place() -> None:
-    from benchmarks.tune import candidates, in_table
-
-    f = Features(128, 128)
-    table, *variants = candidates("sm_90", 16, 128, "forward")
-    assert config("sm_90", 16, f, "forward") is table and len(variants) > 2
-    with in_table("sm_90", 16, 128, "forward", variants[0]):
-        assert config("sm_90", 16, f, "forward") is config("interpreter", 16, f, "dq") is variants[0]
-    assert config("sm_90", 16, f, "forward") is table
 
 
 def test_older_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def _fp32(arch: str) -> Table:
 # NOT YET MEASURED ON A GPU. The sizes are those with which none of the kernels spills registers when compiled ahead of
 # time (ptxas of Triton 3.9, AMD's LLVM), plain, causal, and with softcap, ALiBi, segments, a bias or dropout, and their
 # shared memory lets at least one program run; among those, the larger tile. ``python -m benchmarks tune`` times them
-# beside VARIANTS below.
+# beside others.
 #: (architecture, bits of the inputs, bucket of head dims) -> kernel -> config.
 TABLE: Table = {
     ("sm_80", 16, 64): {
@@ -266,35 +266,19 @@ TABLE: Table = {
     **_fp32("gfx942"),
 }
 
-_TMA = "through tensor descriptors (TMA): fewer registers for addresses"
-_WARPS = "Triton 3.9 specialises warps on sm_100; on sm_90 its pass fails with 4 warps and does nothing with 8"
-
-#: What ``python -m benchmarks tune`` times beside the table: (architecture, bits, bucket, kernel) -> configs.
+#: Tiles that ``python -m benchmarks tune`` times beside the table's, all of them with and without tensor descriptors
+#: and warp specialisation, where a GPU has them: (architecture, bits, bucket, kernel) -> configs.
 VARIANTS: dict[tuple[str, int, int, str], tuple[Config, ...]] = {
     ("sm_80", 16, 64, "forward"): (Config(64, 64, 4, 3, "more programs"), Config(128, 64, 8, 3, "fewer registers")),
     ("sm_80", 16, 128, "forward"): (Config(128, 64, 8, 2, "K and V once per 128 queries"), Config(64, 32, 4, 3, "")),
     ("sm_80", 16, 128, "dkdv"): (Config(32, 64, 8, 2, "less shared memory"), Config(64, 32, 4, 2, "fewer warps")),
     ("sm_80", 16, 128, "dq"): (Config(64, 64, 8, 2, "172 registers"),),
-    ("sm_90", 16, 64, "forward"): (
-        Config(128, 64, 4, 3, _TMA, descriptors=True),
-        Config(128, 128, 8, 2, _TMA, descriptors=True),
-    ),
-    ("sm_90", 16, 128, "forward"): (
-        Config(128, 64, 8, 3, _TMA, descriptors=True),
-        Config(128, 128, 8, 2, _TMA, descriptors=True),
-        Config(128, 128, 8, 2, "248 registers"),
-        Config(64, 64, 4, 3, _TMA, descriptors=True),
-    ),
+    ("sm_90", 16, 64, "forward"): (Config(128, 128, 8, 2, "fewer steps"),),
+    ("sm_90", 16, 128, "forward"): (Config(128, 128, 8, 2, "248 registers"), Config(64, 64, 4, 3, "more programs")),
     ("sm_90", 16, 128, "dkdv"): (Config(32, 64, 4, 2, "252 registers"),),
-    ("sm_90", 16, 128, "dq"): (Config(128, 64, 8, 2, _TMA, descriptors=True), Config(128, 64, 8, 2, "201 registers")),
-    ("sm_100", 16, 64, "forward"): (
-        Config(128, 128, 8, 2, _TMA, descriptors=True),
-        Config(128, 128, 8, 2, _WARPS, descriptors=True, specialize=True),
-    ),
-    ("sm_100", 16, 128, "forward"): (
-        Config(128, 64, 8, 3, _TMA, descriptors=True),
-        Config(128, 128, 8, 2, _WARPS, descriptors=True, specialize=True),
-    ),
+    ("sm_90", 16, 128, "dq"): (Config(128, 64, 8, 2, "201 registers"),),
+    ("sm_100", 16, 64, "forward"): (Config(128, 128, 8, 2, "fewer steps"),),
+    ("sm_100", 16, 128, "forward"): (Config(128, 128, 8, 2, "fewer steps"),),
     ("sm_100", 16, 128, "dkdv"): (Config(64, 128, 8, 2, "255 registers"), Config(32, 64, 4, 2, "168 registers")),
     ("gfx942", 16, 128, "forward"): (Config(64, 64, 4, 1, "more programs"),),
 }

@@ -86,8 +86,9 @@ def _add_sink(state, sink, F: tl.constexpr):
     """A key of score ``sink`` (in units of the scores) and value zero."""
     acc, total, maximum = state
     new_maximum = tl.maximum(maximum, sink)
-    shrink = exponential(maximum - new_maximum, F)
-    total = total * shrink + exponential(sink - new_maximum, F)
+    pivot = tl.where(new_maximum == -INF, 0.0, new_maximum)  # a sink may be -inf, and a row see nothing
+    shrink = exponential(maximum - pivot, F)
+    total = total * shrink + exponential(sink - pivot, F)
     return times(acc, shrink[:, None], F.V), total, new_maximum
 
 

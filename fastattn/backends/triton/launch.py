@@ -250,7 +250,7 @@ def _arguments(spec: AttentionSpec, t: Tensors) -> dict[str, Any]:
         rows_q=t.q.shape[2],
         lo=lo,
         hi=hi,
-        offset=max(-(2**30), min(offset, 2**30)),
+        offset=offset,
         page_size=spec.page_size or 1,
         splits=1,
         # The bits of a uint32 in an int32, for its type not to depend on its value.

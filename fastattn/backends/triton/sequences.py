@@ -202,10 +202,10 @@ def _narrow(
 
 @triton.jit
 def _ordered(gap, begin, full_begin, full_end, end, BLOCK: tl.constexpr):
-    """The same tiles with begin <= full_begin <= full_end, and end where the last loop begins or behind it."""
+    """The same tiles with begin <= full_begin <= full_end, and begin <= end: a gap comes before an empty range too."""
     full_begin = tl.maximum(full_begin, begin)
     full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
-    return Tiles(gap, begin, full_begin, full_end, end)
+    return Tiles(gap, begin, full_begin, full_end, tl.maximum(end, begin))
 
 
 @triton.jit
