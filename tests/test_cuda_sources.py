@@ -54,3 +54,22 @@ def test_every_return_code_is_looked_at() -> None:
             checked = before.endswith("check_cuda(") or found[0] in UNCHECKED
             assert checked, f"{path.relative_to(ROOT)}: {found[0]}() is not in check_cuda()"
     assert called == HOST_CALLS
+
+
+#: Wrappers that compute nothing which could be recorded, or that are how another is built.
+NOT_PROBED = {
+    "bit_cast", "opaque", "pin_registers", "prefetch_tensor_map", "setmaxnreg_increase", "mbarrier_try_wait",
+    "block_index_y", "block_index_z", "grid_size", "to_float", "ss", "rs",
+}  # fmt: skip
+
+
+def test_every_wrapper_has_a_probe() -> None:
+    probes = "".join(path.read_text() for path in (HERE / "probes").glob("*"))
+    found = {
+        name
+        for path in WRAPPERS.values()
+        for name in re.findall(r"FASTATTN_(?:HOST_)?DEVICE[^;{(]*?\b(\w+)\(", code(path.read_text()))
+    }
+    missing = {name for name in found if not re.search(rf"\b{name}\b", probes)}
+    assert missing <= NOT_PROBED, f"no probe calls {sorted(missing - NOT_PROBED)}"
+    assert found >= NOT_PROBED
