@@ -27,14 +27,11 @@ from tests.cuda_emulation.build import HERE, ROOT, build
 from tests.cuda_emulation.mutants import Mutant, mutants, survivors, with_switches
 from tests.cuda_emulation.trial import NOT_BUILT, Check, Outcome, Trial, checks
 
-SOURCES = sorted(
-    str(path.relative_to(ROOT))
-    for path in [
-        *(ROOT / "csrc/cuda").glob("*.h"),
-        *(ROOT / "csrc/cuda/sm80").iterdir(),
-        *(ROOT / "csrc/cuda/simt").iterdir(),
-    ]
-)
+KERNELS = [
+    path for folder in ("", "sm80", "simt") for path in (ROOT / "csrc/cuda" / folder).iterdir() if path.is_file()
+]
+#: All but the host side, of which the emulation has its own.
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in KERNELS if path.stem not in ("launch", "attention"))
 OBJECTS = "simt-.*-float|simt-dbias-BFloat16|sm80-.*-BFloat16"
 #: Of those, the ones that a mutant which is compiled alone is tried in.
 FEW = "-float-64|dbias|prepare|sm80-(forward|dkdv|dq)-BFloat16-(32|192)|BFloat16-64-true|general-BFloat16-64"
@@ -171,6 +168,7 @@ def main(subject: Subject) -> None:
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), metavar=("I", "N"), help="for N processes at once")
     parser.add_argument("--only", default="", help="regular expression: mutants, as they are listed")
     parser.add_argument("--seconds", type=float, default=20, help="of checks for a mutant")
+    parser.add_argument("--alone", default=subject.few, help="objects of what is compiled for each mutant")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--synchronisation", action="store_true", help="only drop and weaken synchronisation")
@@ -185,7 +183,7 @@ def main(subject: Subject) -> None:
     wanted = [n for n, m in enumerate(found) if re.search(options.only, m.key)]
     if options.synchronisation or options.bounds:
         wanted = [n for n in wanted if found[n].about_order == options.synchronisation]
-    course = Course(found, subject.objects, subject.few, options.folder, options.part[0])
+    course = Course(found, subject.objects, options.alone, options.folder, options.part[0])
     library = course.with_all()
     all_checks = subject.checks((0, 1) if options.bounds else (0, 1, 2), options.checks)
     trial = Trial(all_checks, library, len(found), options.seconds, subject.environment)
