@@ -44,7 +44,8 @@ class Case:
     bias_dtype: torch.dtype | None = None
     dropout_p: float = 0.0
     blind_rows: bool = False  #: the mask (or, without one, the bias) hides every key from some queries
-    layout: str = "bhsd"  #: or bshd, strided (last stride 2), sliced (amid NaN), padded, expanded (batch stride 0)
+    #: bhsd, bshd, strided (last stride 2), sliced or shifted (amid NaN), padded, expanded (batch stride 0)
+    layout: str = "bhsd"
     grad_layout: str = "dense"  #: or expanded (stride 0), strided, sliced
     grad_lse: bool = True
     magnitude: float = 1.0
@@ -90,6 +91,9 @@ class Case:
                     return amid_nan(place(draw(batch, heads, seq, dim) * scale))
                 case "padded":
                     return place(draw(batch, heads, seq, dim + 4) * scale)[..., :dim]
+                case "shifted":  # chunks of 16 bytes from row to row, but half a chunk before the first
+                    x = place(draw(batch, heads, seq, dim) * scale)
+                    return torch.nn.functional.pad(x, (4, 4), value=math.nan)[..., 4:-4]
                 case "expanded":
                     return place(draw(1, heads, seq, dim) * scale).expand(batch, -1, -1, -1)
                 case "transposed":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 from tests.cases import CASES
-from tests.cuda_emulation import mutate, record, sanitize
 from tests.cuda_emulation import probe as probing
+from tests.cuda_emulation import record, sanitize
 from tests.cuda_emulation.backend import Emulator, emulated_backend
-from tests.cuda_emulation.build import ROOT
+from tests.cuda_emulation.build import HERE, ROOT
+from tests.cuda_emulation.mutants import mutants, survivors, with_switches
 from tests.cuda_emulation.probe import Probe
 
 PROBES = probing.probes()
@@ -92,6 +94,11 @@ FAULTS = {
     "barrier_count": "deadlock.*waits in barrier 3, where 64 of 96 threads are.*warp 0.*warp 1",
     "lanes_missing": "deadlock.*waits in shfl.xor.*lanes 0000ffff",
     "lanes_disagree": "divergence: shfl.xor",
+    "barrier_left": "the block ends while barrier 3 has 64 arrivals",
+    "barrier_disagree": r"while others wait there for (64|128)|deadlock.*barrier 3, where 64 of 128 threads",
+    "matrix_bounds": "ldmatrix: bytes .* of the block's 49152 bytes of shared memory",
+    "copy_alignment": "cp.async: global address .* is not a multiple of 16 bytes",
+    "warps_race": "race: store of element [0-9]+ of out is not ordered after the write by block 0 warp",
     "blocks_race": "race: store of element 0 of out is not ordered after the write by block [01] warp 0",
     "message": "race: load of element 0 of out is not ordered after the write by block 0 warp 0",
     "fenced_message": "race: load of element 78 of out is not ordered after the write by block 0 warp 2",
@@ -100,6 +107,8 @@ FAULTS = {
     "load_not_awaited": EARLY + "|without having waited for",
     "wrong_parity": r"deadlock.*waits in mbarrier_wait at shared memory \+ 40960 \(phase of parity 0",
     "wrong_bytes": "deadlock.*arrivals and 1024 bytes missing",
+    "too_many_arrivals": "more arrivals than the count of 1 in one phase",
+    "mbarrier_overwritten": r"the mbarrier at shared memory \+ 0xa000 has been overwritten",
     "init_not_fenced": r"has no fence_mbarrier_init\(\) after it",
     "proxy_not_fenced": r"missing proxy fence: bulk_store of shared memory \+ 0x0",
     "store_source_overwritten": r"while an asynchronous read of it \(line [0-9]+\) has not been waited for",
@@ -108,6 +117,9 @@ FAULTS = {
     "wgmma_fragment": "was changed before the wait",
     "wgmma_no_fence": r"no wgmma_fence\(\)",
     "wgmma_no_wait": "ends before it has waited for its wgmmas",
+    "wgmma_source_overwritten": r"store to shared memory \+ 0x0 while an asynchronous read of it",
+    "wgmma_bounds": "of the block's 49152 bytes of shared memory",
+    "wgmma_disagree": "the warps of a warpgroup issue different ones",
     "registers": "decrease to 32, but the warp has 24",
 }
 
@@ -157,7 +169,7 @@ def test_mutants_change_one_place() -> None:
     """A barrier dropped, a count or a bound shifted; comments and templates left alone."""
     lines = "// barrier();|template <int N>|void f() {|    cp_async_wait<1>();|    barrier();|    if (i < n) g();|}"
     text = lines.replace("|", "\n")
-    found = {(m.line, m.after) for m in mutate.mutants("f.h", text)}
+    found = {(m.line, m.after) for m in mutants("f.h", text)}
     assert found == {
         (4, "(void)0;"),
         (4, "cp_async_wait<2>();"),
@@ -165,19 +177,80 @@ def test_mutants_change_one_place() -> None:
         (6, "if (i <= n) g();"),
     }
     # One survivor must not excuse another on a line of the same text.
-    keys = [m.key for m in mutate.mutants("f.h", text + text)]
+    keys = [m.key for m in mutants("f.h", text + text)]
     assert len(keys) == len(set(keys)) == 8
-    for mutant in mutate.mutants("f.h", text):
+    for mutant in mutants("f.h", text):
         assert sum(a != b for a, b in zip(text.splitlines(), mutant.text.splitlines(), strict=True)) == 1
 
 
-def test_survivors_have_reasons() -> None:
+#: Every kind of change; what it computes tells them apart.
+CHANGED = """int f(int a, int b) {
+    int x = 0;
+    cp_async_wait<0>();
+    for (int n = 0; n < a; ++n) x += n / 2;
+    if (a <= b && b >= 3) x += 1000;
+    if (a > b) x += 2000;
+    if (a == b) x += 4000;
+    x += (min32(a, b) ^ max32(b, 3) * 4) + 1;
+    if (a != 2) wait_until_equal(&x, 5);
+    return x;
+}
+"""
+PROGRAM = """#include "mutation/switch.h"
+#include <cstdio>
+static int waited;
+template <int kPending> void cp_async_wait() { waited += 10 + kPending; }
+void wait_until_equal(int*, int x) { waited += x; }
+int min32(int a, int b) { return a < b ? a : b; }
+int max32(int a, int b) { return a > b ? a : b; }
+"""
+
+
+def test_a_mutant_in_waiting_is_the_mutant(tmp_path: Path) -> None:
+    """A switched function with each mutant on computes what the changed text computes, and knows whether it matters."""
+    found = list(mutants("f.h", CHANGED))
+    switched, inside = with_switches(CHANGED, enumerate(found))
+    count = len(found)
+    assert count == 15 and inside == set(range(count))
+    alone = "".join(f"namespace m{n} {{\n{mutant.text}}}\n" for n, mutant in enumerate(found))
+    run = 'waited = 0; y = {0}f(a, b); std::printf("%d %d ", y, waited);'
+    runs = "".join(f"fastattn::mutation::active = {n}; {run.format('')} {run.format(f'm{n}::')}" for n in range(count))
+    main = f"""int main() {{
+    for (int a = 0; a < 6; ++a) for (int b = 0; b < 6; ++b) {{
+        int y;
+        fastattn::mutation::active = -1;
+        for (auto& x : fastattn::mutation::matters) x = 0;
+        {run.format("")}
+        for (int n = 0; n < {count}; ++n) std::printf("%d ", fastattn::mutation::matters[n]);
+        {runs}
+        std::puts("");
+    }}
+}}"""
+    body = switched.replace("#line 1\n", "")
+    (tmp_path / "main.cpp").write_text(f"{PROGRAM}{body}{alone}{main}")
+    command = ["c++", "-std=c++17", f"-I{HERE}", "main.cpp", str(HERE / "mutation/switch.cpp"), "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    said = subprocess.run(["./main"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    differed = set()
+    for line in said.splitlines():
+        numbers = [int(word) for word in line.split()]
+        plain, matters, rest = numbers[:2], numbers[2 : 2 + count], numbers[2 + count :]
+        for n in range(count):
+            in_waiting, changed = rest[4 * n : 4 * n + 2], rest[4 * n + 2 : 4 * n + 4]
+            assert in_waiting == changed, f"{found[n].key}: {in_waiting}, not {changed}"
+            assert in_waiting == plain or matters[n], f"{found[n].key} matters"
+            differed |= {n} if in_waiting != plain else set()
+    assert differed == set(range(count))
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("survivors*.txt")), ids=lambda path: path.stem)
+def test_survivors_have_reasons(path: Path) -> None:
     """And are mutants of the sources as they stand."""
-    survivors = mutate.known_survivors()
-    assert survivors and all(survivors.values())
-    paths = {key.split(": ", 1)[0] for key in survivors}
-    keys = {m.key for path in paths for m in mutate.mutants(path, (ROOT / "csrc" / path).read_text())}
-    assert not set(survivors) - keys
+    listed = survivors(path)
+    assert listed and all(listed.values())
+    sources = {key.split(": ", 1)[0] for key in listed}
+    keys = {m.key for source in sources for m in mutants(source, (ROOT / "csrc" / source).read_text())}
+    assert not set(listed) - keys
 
 
 @pytest.mark.parametrize(

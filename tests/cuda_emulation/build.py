@@ -45,9 +45,10 @@ def _setup() -> Any:
 
 def sources(csrc: Path = ROOT / "csrc", keep: str = "") -> dict[str, tuple[str, str]]:
     """Object name -> (source, flags); of the kernels only those whose object's name matches ``keep``."""
+    probes = () if keep else sorted((HERE / "probes").glob("*.cu"))
     found = {
         "module.o": (f"{HERE}/module.cpp", ""),
-        **{f"probes-{path.stem}.o": (str(path), "") for path in sorted((HERE / "probes").glob("*.cu"))},
+        **{f"probes-{path.stem}.o": (str(path), "") for path in probes},
         **{f"emulator-{path.stem}.o": (str(path), "-O2") for path in sorted((HERE / "emulator").glob("*.cpp"))},
         "bindings.o": (f"{csrc}/bindings.cpp", BINDINGS),
     }
@@ -59,25 +60,22 @@ def sources(csrc: Path = ROOT / "csrc", keep: str = "") -> dict[str, tuple[str, 
     return found
 
 
-def build(folder: Path, csrc: Path = ROOT / "csrc", keep: str = "", more_flags: str = "", within: str = "") -> Path:
-    """Compiles what has changed into ``folder/_C.so``; RuntimeError where something does not compile.
-
-    Objects whose name does not match ``within`` are compiled from this tree instead of ``csrc``.
-    """
+def build(
+    folder: Path, csrc: Path = ROOT / "csrc", keep: str = "", more_flags: str = "", more_sources: tuple[Path, ...] = ()
+) -> Path:
+    """Compiles what has changed into ``folder/_C.so``; RuntimeError where something does not compile."""
     folder.mkdir(parents=True, exist_ok=True)
-    changed, objects = sources(csrc, keep), sources(ROOT / "csrc", keep)
+    objects = sources(csrc, keep) | {f"{path.stem}.o": (str(path), "") for path in more_sources}
     lines = [RULES]
-    for name in objects:
-        inside = re.search(within, name) is not None
-        source, extra = (changed if inside else objects)[name]
-        flags = f"{FLAGS.format(csrc=csrc if inside else ROOT / 'csrc')} {more_flags}"
-        lines.append(f"build {name}: cxx {source}\n  flags = {flags} {extra}")
+    for name, (source, extra) in objects.items():
+        lines.append(f"build {name}: cxx {source}\n  flags = {FLAGS.format(csrc=csrc)} {more_flags} {extra}")
     lines += [f"build _C.so: link {' '.join(objects)}"]
     text = "\n".join(lines) + "\n"
     ninja_file = folder / "build.ninja"
     if not ninja_file.exists() or ninja_file.read_text() != text:
         ninja_file.write_text(text)
-    done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True)
+    ninja = [sys.executable, "-m", "ninja", "-k", "0", "-C", str(folder)]
+    done = subprocess.run(ninja, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the CUDA emulation does not compile:\n{done.stdout}{done.stderr}")
     return folder / "_C.so"

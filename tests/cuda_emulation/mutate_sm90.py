@@ -1,33 +1,31 @@
-"""Mutation testing of the Hopper kernels: what ``mutate`` does, with cases that those kernels take.
+"""Mutation testing of the Hopper kernels: what ``mutate`` does, with checks that those kernels take.
 
-    python -m tests.cuda_emulation.mutate_sm90 csrc/cuda/sm90/forward.h csrc/cuda/sm90/backward.h
-    python -m tests.cuda_emulation.mutate_sm90 csrc/cuda/sm90/decode.h --only decode
+    python -m tests.cuda_emulation.mutate_sm90 csrc/cuda/sm90/forward.h --synchronisation
 
-Each case runs under three orders of threads, the backward with sums of dQ by bulk additions and without; then once more
-with NaN in keys and values that the band makes invisible. ``--only decode`` or ``long``: some kernels and their cases.
+The backward runs with sums of dQ by bulk additions and without; NaN in keys and values that the band makes invisible
+must not matter. Survivors: ``survivors_sm90.txt``.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
+import functools
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends import cuda
+from tests.cases import Case
 from tests.cuda_emulation import mutate
-from tests.cuda_emulation.backend import EmulatedBackend, Emulator
-from tests.cuda_emulation.build import load
+from tests.cuda_emulation.backend import EmulatedBackend, Statistics
 from tests.cuda_emulation.hopper_cases import DECODE, case, decode, spoil_unused_keys
+from tests.cuda_emulation.trial import CaseCheck, Check
 from tests.tolerance import assert_close_to_oracle
 
-LONG = r"sm90-(forward|backward)-BFloat16-(64|128)\.o|sm80-(prepare-BFloat16|dq-BFloat16-(64|128)-false)\.o"
-OBJECTS = {"long": LONG, "decode": r"sm90-decode-BFloat16-(64|128|256)\.o"}
-OBJECTS[""] = "|".join(OBJECTS.values())
-
+OBJECTS = (
+    r"sm90-dispatch\.o|sm90-(forward|backward)-BFloat16-(64|128)\.o|sm90-decode-BFloat16-(64|128|256)\.o|"
+    r"sm80-(prepare-BFloat16|dq-BFloat16-(64|128)-false)\.o"
+)
 
 # Two stages each: more tiles of keys than go round twice, several tiles of queries to a persistent block.
 CASES = (
@@ -39,62 +37,54 @@ CASES = (
 )
 
 
-class Trial(mutate.Trial):
-    def __init__(self, names: list[str], dtype: torch.dtype, *_: object) -> None:
-        made = [(c.name, c.make(dtype)) for c in CASES if c.name in names]
-        self.cases = [(name, inputs, inputs.naive(), inputs.oracle()) for name, inputs in made]
-        for _, inputs, *_ in self.cases:
-            spoil_unused_keys(inputs)
+class HopperCheck(CaseCheck):
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        super().__init__(case, dtype)
+        spoil_unused_keys(self.inputs)
 
-    def _run(self, library: Path) -> None:
-        sys.setdlopenflags(os.RTLD_LAZY)  # not every kernel has been built
-        os.environ["FASTATTN_EMULATED_CAPABILITY"] = "90"
-        module = load(library)
-        cuda._C = module
-        backend = EmulatedBackend(Emulator(module))
-        dispatch.get_backend = lambda name: backend  # type: ignore[assignment]
-        for seed, deterministic in ((0, True), (1, False), (2, False)):
-            backend.emulator.configure(seed)
-            torch.use_deterministic_algorithms(deterministic)
-            for name, inputs, naive, oracle in self.cases:
-                short = inputs.case.used_k is not None
-                found = decode(inputs) if short else inputs.run(fastattn.attention, backend="cuda")
-                for key, value in found.items():
-                    assert_close_to_oracle(value, naive[key], oracle[key], f"{name} {key}, seed {seed}")
-                if not backend.emulator.statistics().bulk_copies:
-                    raise AssertionError("other kernels ran")
-        torch.use_deterministic_algorithms(False)
-        for dim in (64, 128) if any(inputs.case.used_k is None for _, inputs, *_ in self.cases) else ():
-            self._run_poisoned(dim)
+    def check_statistics(self, counts: Statistics) -> None:
+        assert counts.bulk_copies > 0, "other kernels ran"
 
-    def _run_poisoned(self, dim: int) -> None:
-        """Keys from 150 on are seen by no query, queries before 20 see no key; what they hold must not matter."""
-        generator = torch.Generator().manual_seed(dim)
-        q, k, v, grad = (torch.randn(1, 1, 170, dim, generator=generator).bfloat16() for _ in range(4))
-
-        def results() -> list[torch.Tensor]:
-            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            out = fastattn.attention(*leaves, causal=True, offset=-20, backend="cuda")
-            return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-        clean = results()
-        k[:, :, 150:], v[:, :, 150:] = float("nan"), float("inf")
-        for before, after in zip(clean, results(), strict=True):
-            assert_close_to_oracle(after, before, before.double(), f"poisoned, head_dim {dim}")
+    def results(self) -> dict[str, Tensor]:
+        if self.inputs.case.used_k is not None:
+            return decode(self.inputs)
+        return super().results()
 
 
-def main() -> None:
-    mutate.Trial = Trial  # type: ignore[misc]
-    mutate.SURVIVORS = mutate.HERE / "survivors_sm90.txt"
-    arguments, only = sys.argv[1:], ""
-    if "--only" in arguments:
-        at = arguments.index("--only")
-        only = arguments[at + 1]
-        del arguments[at : at + 2]
-    names = [c.name for c in CASES if not only or (c.used_k is not None) == (only == "decode")]
-    sys.argv[1:] = [*arguments, "--objects", rf"sm90-dispatch\.o|{OBJECTS[only]}", "--cases", *names]
-    mutate.main()
+def check_containment(dim: int, backend: EmulatedBackend) -> None:
+    """Keys from 150 on are seen by no query, queries before 20 see no key; what they hold must not matter."""
+    generator = torch.Generator().manual_seed(dim)
+    q, k, v, grad = (torch.randn(1, 1, 170, dim, generator=generator).bfloat16() for _ in range(4))
+
+    def results() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = fastattn.attention(*leaves, causal=True, offset=-20, backend="cuda")
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    clean = results()
+    k[:, :, 150:], v[:, :, 150:] = float("nan"), float("inf")
+    for before, after in zip(clean, results(), strict=True):
+        assert_close_to_oracle(after, before, before.double(), f"poisoned, head_dim {dim}")
+
+
+def checks(seeds: Sequence[int], names: Sequence[str]) -> list[Check]:
+    found = [(c.name, HopperCheck(c, torch.bfloat16)) for c in CASES if not names or c.name in names]
+    found += [  # type: ignore[misc]
+        (f"containment-{dim}", functools.partial(check_containment, dim))
+        for dim in (64, 128)
+        if not names or f"containment-{dim}" in names
+    ]
+    return [Check(name, seed, seed == 0, run) for name, run in found for seed in seeds]
 
 
 if __name__ == "__main__":
-    main()
+    mutate.main(
+        mutate.Subject(
+            sorted(str(path.relative_to(mutate.ROOT)) for path in (mutate.ROOT / "csrc/cuda/sm90").iterdir()),
+            OBJECTS,
+            OBJECTS,
+            mutate.HERE / "survivors_sm90.txt",
+            checks,
+            {"FASTATTN_EMULATED_CAPABILITY": "90"},
+        )
+    )

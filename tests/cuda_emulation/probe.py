@@ -94,6 +94,14 @@ def _conversions() -> list[Probe]:
         y = bits.view(dtype)
         y = torch.where(y.isnan(), torch.ones_like(y), y)
         found.append(Probe(f"unpack_{name}", words(y), words(y.float())))
+        rounded = x.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
+        found.append(Probe(f"round_{name}", words(x), rounded))
+    factors = torch.randint(0, 2**32, (256, 2))
+    edges = torch.tensor([[2**32 - 1, 2**32 - 1], [2**31, 2], [2**16, 2**16], [0, 7]])
+    a, b = torch.cat([edges, factors]).unbind(1)
+    # a b = a (2^16 b1 + b0): 64 bits hold each of the two products.
+    high = (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
+    found.append(Probe("multiply_high", _low_words(torch.stack([a, b], 1).flatten()), _low_words(high)))
     return found
 
 
@@ -107,13 +115,23 @@ def _e4m3() -> list[Probe]:
     return [Probe("e4m3_pack", words(x), words(eight)), Probe("e4m3_unpack", words(bits), words(y.float()), NAN_ONLY)]
 
 
+def _low_words(x: Tensor) -> Tensor:
+    """int64 numbers below 2^32 as 32 bits each."""
+    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
+
+
 def _shuffles() -> list[Probe]:
     x = torch.randint(-(2**31), 2**31 - 1, (32,), dtype=torch.int32)
     lane = torch.arange(32)
     rows = [x[lane ^ (1 << n)] for n in range(5)] + [x[0].expand(32), x[13].expand(32), x.flip(0)]
     votes = sum(1 << n for n in range(32) if int(x[n]) % 2 == 1)
     rows.append(torch.tensor([votes - 2**32 if votes >= 2**31 else votes], dtype=torch.int32).expand(32))
-    return [Probe("shuffle", x, torch.cat(rows).contiguous())]
+    found = [Probe("shuffle", x, torch.cat(rows).contiguous())]
+    thread = torch.arange(128, dtype=torch.int32)
+    voters = (thread == 77).to(torch.int32)  # of warp 2; nobody has a 2
+    near = torch.where(thread // 32 == 2, 4, 0)
+    found.append(Probe("vote", voters, (1 + near + 8 * (thread // 32)).to(torch.int32)))
+    return found
 
 
 def _matrices() -> list[Probe]:
@@ -161,6 +179,8 @@ def _copies() -> list[Probe]:
         found.append(Probe(f"shared_{name}", words(x), words(x.flip(0))))
     x = torch.randint(-(2**31), 2**31 - 1, (128, 4), dtype=torch.int32)
     found.append(Probe("shared_16", words(x), words(x.flip(0))))
+    found += [Probe(f"constant_{size}", words(x), words(x)) for size in (4, 8, 16)]
+    found.append(Probe("message", torch.tensor([39], dtype=torch.int32), torch.tensor([42, 39, 42], dtype=torch.int32)))
     start = torch.tensor([1.0, 2.0, 3.0, 4.0])
     added = start + 128 * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 128 * torch.tensor([8.0, 0, 0, 0])
     found.append(Probe("atomic", words(start), torch.cat([words(added), torch.tensor([128, 1], dtype=torch.int32)])))
@@ -176,10 +196,32 @@ def swizzle(rows: Tensor) -> Tensor:
     return laid.reshape(len(rows), 128).view(rows.dtype)
 
 
+def swizzle_64(rows: Tensor) -> Tensor:
+    """Rows of 64 bytes as Swizzle::k64Bytes lays them: chunk c of row r at chunk c ^ (r / 2 % 4)."""
+    chunks = rows.reshape(len(rows), 4, -1)
+    r = torch.arange(len(rows))[:, None]
+    laid = torch.empty_like(chunks)
+    laid[r, torch.arange(4)[None] ^ (r // 2 % 4)] = chunks
+    return laid.reshape(rows.shape)
+
+
+def _rows_of_64(x: Tensor, padded: Tensor) -> list[Probe]:
+    box = padded[0, 1, 3:11, 1:3, 96:128].reshape(16, 32)
+    a, b = (torch.randint(-8, 9, (64, 32)).half() for _ in range(2))
+    thread, register = torch.arange(128), torch.arange(32)[:, None]
+    row = thread // 32 * 16 + thread % 32 // 4 + register % 4 // 2 * 8
+    col = register // 4 * 8 + thread % 4 * 2 + register % 2
+    d = a.float() @ b.float().T
+    return [
+        Probe("tma_load_rows_of_64", x, words(swizzle_64(box))),
+        Probe("wgmma_rows_of_64", words(torch.cat([swizzle_64(a), swizzle_64(b)])), words(d[row, col])),
+    ]
+
+
 def _tma() -> list[Probe]:
     found = []
     x = torch.randint(-(2**15), 2**15 - 1, (2, 2, 5, 3, 64), dtype=torch.int16)
-    padded = torch.zeros(3, 3, 9, 5, 192, dtype=torch.int16)
+    padded = torch.zeros(3, 3, 11, 5, 192, dtype=torch.int16)
     padded[:2, :2, :5, :3, 64:128] = x
 
     def box(shift: int, last: int) -> Tensor:
@@ -191,6 +233,7 @@ def _tma() -> list[Probe]:
     found.append(Probe("tma_load_4d_plain", four, words(box(0, 0))))
     found.append(Probe("tma_load_4d_left", four, words(swizzle(box(-8, 0)))))
     found.append(Probe("tma_load_4d_right", four, words(swizzle(box(8, 0)))))
+    found += _rows_of_64(four, padded)
     for name, full in (("4d", (2, 5, 3, 64)), ("5d", (2, 2, 5, 3, 64))):
         rows = torch.randint(-(2**15), 2**15 - 1, (4, 2, 64), dtype=torch.int16)
         to = torch.zeros(full, dtype=torch.int16)

@@ -33,6 +33,9 @@ SHAPES = [
     shape("steep", 32, 40, 20, heads_q=4, window=(3, 0), offset=0, softmax_scale=30.0),
     shape("prefix", 64, 65, 65, causal=True, prefix=(65,)),  # a key and a query more than whole tiles
     shape("padded", 64, 20, 40, layout="padded"),  # rows of whole chunks of 16 bytes that are not aligned
+    shape("cut_chunk", 20, 20, 40, layout="padded"),  # aligned rows, of which the last chunk is not all there
+    shape("shifted", 32, 20, 40, layout="shifted"),  # aligned from row to row, but the first is not
+    shape("one_more", 32, 129, 40),  # a query more than a tile of the forward has
     shape("last_page", 64, 3, 48, page_size=16, used_k=(48,)),
     shape("pairs", 6, 43, 20),  # 129 pairs of elements: one more than a block of prepare.cu has threads
 ]

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "check.h"
+#include "cuda/launch.h"
 #include "cuda/ptx/execution.h"
 #include "params.h"
 
@@ -29,9 +30,12 @@ TensorMap make_tensor_map(DType dtype, const void* base, const int64_t (&dim)[kR
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        check_cuda(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+            "cudaGetDriverEntryPointByVersion");
 #else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+        check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+                   "cudaGetDriverEntryPoint");
 #endif
         check(found == cudaDriverEntryPointSuccess && function, "the CUDA driver has no cuTensorMapEncodeTiled");
         encode = reinterpret_cast<decltype(encode)>(function);

@@ -120,6 +120,40 @@ void lanes_disagree(Buffers p) {
     }
     put(p, x);
 }
+// Of what a barrier was promised nobody ever makes use.
+template <bool kFault>
+void barrier_left(Buffers) {
+    if (thread_index() < 64) named_barrier_arrive(3, 128);
+    if (!kFault && thread_index() >= 64) named_barrier_sync(3, 128);
+}
+template <bool kFault>
+void barrier_disagree(Buffers) {
+    named_barrier_sync(3, kFault && thread_index() >= 64 ? 64 : kThreads);
+}
+template <bool kFault>
+void matrix_bounds(Buffers p) {
+    fill_shared(p, smem_base());
+    uint32_t r[4];
+    const uint32_t end = smem_base() + (48 << 10) - 512 + (kFault ? 16 : 0);
+    if (thread_index() < 32) {
+        for (int n = 0; n < 4; ++n) store_shared(end + 16 * lane_index() - (kFault ? 16 : 0) + 4 * n, 0u);
+        warp_barrier();
+        ldmatrix_x4(r, end + 16 * lane_index());
+    }
+}
+template <bool kFault>
+void copy_alignment(Buffers p) {
+    cp_async<16>(word(4 * thread_index()), p.in + 4 * thread_index() + (kFault && thread_index() == 5 ? 1 : 0), true);
+    cp_async_commit();
+    cp_async_wait<0>();
+}
+// Two warps of one block, by way of global memory.
+template <bool kFault>
+void warps_race(Buffers p) {
+    put(p, 1u);
+    if (!kFault) barrier();
+    put({p.in, p.out + (thread_index() ^ 32) - thread_index(), p.in_words, p.out_words}, 2u);
+}
 
 // Two blocks.
 template <bool kFault>
@@ -256,18 +290,37 @@ void store_not_awaited(Buffers p) {
         if (!kFault) bulk_wait<0>();
     }
 }
-enum class Wgmma { kNone, kTouched, kFragment, kNoFence, kNoWait };
+template <bool kFault>
+void too_many_arrivals(Buffers p) {
+    init();
+    if (thread_index() == 0) {
+        mbarrier_arrive_expect_tx(smem_base() + kBar, 16);
+        if (kFault) mbarrier_arrive(smem_base() + kBar);
+        bulk_load(smem_base(), p.in, 16, smem_base() + kBar);
+    }
+    mbarrier_wait(smem_base() + kBar, 0);
+}
+template <bool kFault>
+void mbarrier_overwritten(Buffers) {
+    init();
+    if (kFault && thread_index() == 0) store_shared(smem_base() + kBar, 0u);
+    if (thread_index() == 0) mbarrier_arrive(smem_base() + kBar);
+}
+enum class Wgmma { kNone, kTouched, kFragment, kNoFence, kNoWait, kOverwritten, kBounds, kDisagree };
 template <Wgmma kFault>
 void wgmma_kernel(Buffers) {
-    for (int n = thread_index(); n < 64 * 32; n += kThreads) store_shared(word(n), 0x3c003c00u);
+    constexpr int kWords = kFault == Wgmma::kBounds ? 12 << 10 : 64 * 32;
+    for (int n = thread_index(); n < kWords; n += kThreads) store_shared(word(n), 0x3c003c00u);
     fence_proxy_async();
     barrier();
     float d[32];
     uint32_t a[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
     for (float& x : d) x = 0.f;
     if (kFault != Wgmma::kNoFence) wgmma_fence(d);
-    wgmma_rs<Half, 64>(d, a, descriptor_128(smem_base(), 16, 1024), true);
+    const uint32_t b = smem_base() + (kFault == Wgmma::kBounds ? 47 << 10 : 0);
+    wgmma_rs<Half, 64>(d, a, descriptor_128(b, 16, 1024), kFault != Wgmma::kDisagree || thread_index() >= 32);
     wgmma_commit();
+    if (kFault == Wgmma::kOverwritten) store_shared(word(0), 0u);
     if (kFault == Wgmma::kTouched) d[5] += 1.f;
     if (kFault == Wgmma::kFragment) a[2] = 0;
     if (kFault != Wgmma::kNoWait) wgmma_wait<0>(d);
@@ -317,6 +370,11 @@ constexpr Fault kFaults[] = {
     FASTATTN_FAULT(barrier_count, 1),
     FASTATTN_FAULT(lanes_missing, 1),
     FASTATTN_FAULT(lanes_disagree, 1),
+    FASTATTN_FAULT(barrier_left, 1),
+    FASTATTN_FAULT(barrier_disagree, 1),
+    FASTATTN_FAULT(matrix_bounds, 1),
+    FASTATTN_FAULT(copy_alignment, 1),
+    FASTATTN_FAULT(warps_race, 1),
     FASTATTN_FAULT(blocks_race, 2),
     FASTATTN_FAULT(message, 2),
     FASTATTN_FAULT(fenced_message, 2),
@@ -325,6 +383,8 @@ constexpr Fault kFaults[] = {
     FASTATTN_FAULT(load_not_awaited, 1),
     FASTATTN_FAULT(wrong_parity, 1),
     FASTATTN_FAULT(wrong_bytes, 1),
+    FASTATTN_FAULT(too_many_arrivals, 1),
+    FASTATTN_FAULT(mbarrier_overwritten, 1),
     FASTATTN_FAULT(init_not_fenced, 1),
     FASTATTN_FAULT(proxy_not_fenced, 1),
     FASTATTN_FAULT(store_source_overwritten, 1),
@@ -333,6 +393,9 @@ constexpr Fault kFaults[] = {
     {"wgmma_fragment", 1, wgmma_kernel<Wgmma::kNone>, wgmma_kernel<Wgmma::kFragment>},
     {"wgmma_no_fence", 1, wgmma_kernel<Wgmma::kNone>, wgmma_kernel<Wgmma::kNoFence>},
     {"wgmma_no_wait", 1, wgmma_kernel<Wgmma::kNone>, wgmma_kernel<Wgmma::kNoWait>},
+    {"wgmma_source_overwritten", 1, wgmma_kernel<Wgmma::kNone>, wgmma_kernel<Wgmma::kOverwritten>},
+    {"wgmma_bounds", 1, wgmma_kernel<Wgmma::kNone>, wgmma_kernel<Wgmma::kBounds>},
+    {"wgmma_disagree", 1, wgmma_kernel<Wgmma::kNone>, wgmma_kernel<Wgmma::kDisagree>},
     FASTATTN_FAULT(registers, 1),
     FASTATTN_FAULT(banks, 1),
 };

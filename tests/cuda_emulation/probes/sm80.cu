@@ -50,6 +50,35 @@ unpack_kernel(FASTATTN_CONSTANT Buffers p) {
     }
 }
 
+// out[n] = the upper half of in[2 n] * in[2 n + 1].
+FASTATTN_KERNEL(kThreads, 1)
+multiply_high_kernel(FASTATTN_CONSTANT Buffers p) {
+    for (int n = thread_index(); n < p.out_words; n += kThreads) {
+        store_global(p.out + n, multiply_high(load_global(p.in + 2 * n), load_global(p.in + 2 * n + 1)));
+    }
+}
+
+// out[n] = in[n], rounded to 16 bits.
+template <typename T>
+FASTATTN_KERNEL(kThreads, 1)
+round_kernel(FASTATTN_CONSTANT Buffers p) {
+    for (int n = thread_index(); n < p.out_words; n += kThreads) {
+        T rounded;
+        from_float(bits_float(load_global(p.in + n)), rounded);
+        store_global(p.out + n, static_cast<uint32_t>(rounded.bits));
+    }
+}
+
+// out[thread]: whether a word of in is 1 for any thread of the block, 2 for any thread, 1 for any lane of the warp, and
+// the warp's number.
+FASTATTN_KERNEL(kThreads, 1)
+vote_kernel(FASTATTN_CONSTANT Buffers p) {
+    const uint32_t x = load_global(p.in + thread_index());
+    const uint32_t one = barrier_or(x == 1) ? 1u : 0u, two = barrier_or(x == 2) ? 2u : 0u;
+    const uint32_t near = any_lane(x == 1) ? 4u : 0u;
+    store_global(p.out + thread_index(), one | two | near | static_cast<uint32_t>(warp_index()) << 3);
+}
+
 // out: 32 words for each of shuffle_xor 1, 2, 4, 8, 16, shuffle from 0, 13, and from 31 - lane; ballot of the odd ones.
 FASTATTN_KERNEL(kThreads, 1)
 shuffle_kernel(FASTATTN_CONSTANT Buffers p) {
@@ -136,6 +165,35 @@ shared_kernel(FASTATTN_CONSTANT Buffers p) {
     through_shared<T>(p, smem_base());
 }
 
+// out = in, by way of the read-only cache.
+template <typename T>
+FASTATTN_KERNEL(kThreads, 1)
+constant_kernel(FASTATTN_CONSTANT Buffers p) {
+    const int count = static_cast<int>(p.in_words * 4 / static_cast<int64_t>(sizeof(T)));
+    for (int n = thread_index(); n < count; n += kThreads) {
+        store_global(reinterpret_cast<T*>(p.out) + n, load_global_constant(reinterpret_cast<const T*>(p.in) + n));
+    }
+}
+
+// Threads of different warps hand on out[0], in[0] at first: a release, an atomic addition of both, an acquire. out: 3
+// more, what the addition found, what the last one read.
+FASTATTN_KERNEL(kThreads, 1)
+message_kernel(FASTATTN_CONSTANT Buffers p) {
+    auto* word = reinterpret_cast<int32_t*>(p.out);
+    const auto start = static_cast<int32_t>(load_global(p.in));
+    if (thread_index() == 0) store_global(word, start - 1);
+    barrier();
+    if (thread_index() == 0) store_release(word, start);
+    if (thread_index() == 32) {
+        wait_until_equal(word, start);
+        store_global(word + 1, atomic_add_acq_rel(word, 2));
+        fence_gpu();
+        reduce_add_release(word, 1);
+    }
+    barrier();
+    if (thread_index() == 64) store_global(word + 2, load_acquire(word));
+}
+
 // out: the four floats of in with what all threads add, how many threads there are, and 1 from who counted last.
 FASTATTN_KERNEL(kThreads, 1)
 atomic_kernel(FASTATTN_CONSTANT Buffers p) {
@@ -162,6 +220,10 @@ extern const Entry kSm80[] = {
     {"pack_bfloat16", run<pack_kernel<BFloat16>>},
     {"unpack_half", run<unpack_kernel<Half>>},
     {"unpack_bfloat16", run<unpack_kernel<BFloat16>>},
+    {"multiply_high", run<multiply_high_kernel>},
+    {"round_half", run<round_kernel<Half>>},
+    {"round_bfloat16", run<round_kernel<BFloat16>>},
+    {"vote", run<vote_kernel>},
     {"shuffle", run<shuffle_kernel>},
     {"ldmatrix_x1", run<ldmatrix_kernel<1, false>>},
     {"ldmatrix_x2", run<ldmatrix_kernel<2, false>>},
@@ -178,7 +240,11 @@ extern const Entry kSm80[] = {
     {"shared_4", run<shared_kernel<float>>},
     {"shared_8", run<shared_kernel<Words2>>},
     {"shared_16", run<shared_kernel<Words4>>},
+    {"constant_4", run<constant_kernel<float>>},
+    {"constant_8", run<constant_kernel<Words2>>},
+    {"constant_16", run<constant_kernel<Words4>>},
     {"atomic", run<atomic_kernel>},
+    {"message", run<message_kernel>},
 };
 extern const int kSm80Count = sizeof(kSm80) / sizeof(Entry);
 

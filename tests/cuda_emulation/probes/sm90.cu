@@ -102,6 +102,36 @@ void run_tma_store(const Buffers& buffers, void* stream) {
            buffers);
 }
 
+// Rows of 64 bytes: the box is 32 wide, Swizzle::k64Bytes.
+void run_tma_load_64(const Buffers& buffers, void* stream) {
+    constexpr int64_t kRow = 128;
+    const TensorMap map = make_tensor_map<4>(DType::kBFloat16, buffers.in, {64, 3, 5, 2}, {kRow, 3 * kRow, 15 * kRow},
+                                             {32, 2, 8, 1}, Swizzle::k64Bytes);
+    launch(tma_load_kernel<4, 32>, {1}, kThreads, 48 << 10, stream, map, buffers);
+}
+
+// D = A B^T of 64 x 32 matrices whose rows are 64 bytes, swizzled; in and out as for wgmma_kernel below.
+FASTATTN_KERNEL(kThreads, 1)
+wgmma_64_kernel(FASTATTN_CONSTANT Buffers p) {
+    const uint32_t a = smem_base(), b = a + 64 * 64;
+    fill_shared(p, a);
+    float d[32];
+#pragma unroll
+    for (float& x : d) x = 0.f;
+    fence_proxy_async();
+    barrier();
+    wgmma_fence(d);
+#pragma unroll
+    for (uint32_t k = 0; k < 2; ++k) {
+        wgmma_ss<Half, 64, false, false>(d, descriptor_64(a + 32 * k, 16, 512), descriptor_64(b + 32 * k, 16, 512),
+                                         k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>(d);
+#pragma unroll
+    for (int n = 0; n < 32; ++n) store_global(p.out + n * kThreads + thread_index(), float_bits(d[n]));
+}
+
 // out = 1 + in (add) or in, by bulk copies both ways.
 template <Store kStore>
 FASTATTN_KERNEL(kThreads, 1)
@@ -196,6 +226,8 @@ extern const Entry kSm90[] = {
     {"tma_load_4d_plain", run_tma_load<4, 0, Swizzle::kNone>},
     {"tma_load_4d_left", run_tma_load<4, -8, Swizzle::k128Bytes>},
     {"tma_load_4d_right", run_tma_load<4, 8, Swizzle::k128Bytes>},
+    {"tma_load_rows_of_64", run_tma_load_64},
+    {"wgmma_rows_of_64", run<wgmma_64_kernel>},
     {"tma_store_4d", run_tma_store<4, Store::kCopy>},
     {"tma_store_5d", run_tma_store<5, Store::kCopy>},
     {"tma_reduce_add", run_tma_store<4, Store::kAdd>},
