@@ -107,13 +107,13 @@ struct ForwardFp8 {
     using Outputs = Operand<64, kHeadDim>;
     using KeyRing = TileRing<Keys, kTile.stages>;
     using ValueRing = TileRing<Values, kTile.stages>;
-    using TileWork = Work<kTile.queries, kKeys, kTile.persistent>;
+    using TileWork = Work<kTile.queries, kKeys, kTile.persistent, false>;
     using Softmax = ScaledRowSoftmax<kExponent>;
     static constexpr int kTurn = 1, kGroup = 4;  // named barriers: the turn of a warpgroup, one for its warps
 
     const ForwardFp8Arguments& arguments;
     const AttentionParams& p = arguments.params;
-    const Band band = Band::of(p, 0);  // of every batch entry: none has a length of its own
+    const Band band = Band::of<false>(p, 0);  // of every batch entry: none has a length of its own
     const uint32_t rows = smem_base(), k = rows + kGroups * Outputs::kBytes, v = k + KeyRing::kBytes;
     const uint32_t q_full = v + ValueRing::kBytes, q_empty = q_full + 8, k_barriers = q_empty + 8;
 
@@ -136,8 +136,8 @@ struct ForwardFp8 {
     FASTATTN_DEVICE void produce() const {
         KeyRing keys = key_ring();
         ValueRing values = value_ring();
-        TileWork work;
-        for (int turn = 0; work.get(p, band, turn); ++turn) {
+        TileWork work(band);
+        for (int turn = 0; work.get(p, turn); ++turn) {
             const int count = work.tiles.count();
             if (turn > 0) mbarrier_wait(q_empty, (turn - 1) & 1);
             if (count == 0) {  // all the same: nobody is to be more than a turn ahead
@@ -147,13 +147,13 @@ struct ForwardFp8 {
             mbarrier_arrive_expect_tx(q_full, kGroups * Queries::kBytes);
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
-                Queries::load(rows_of(group), arguments.q, q_full, work.i0 + 64 * group, work.h, work.b);
+                Queries::load(rows_of(group), arguments.q, q_full, work.i0 + 64 * group, work.h, work.band.batch);
             }
             const auto load_values = [&](int n) {
-                values.load(arguments.v, 0, work.hk, work.b, work.tiles.at(n) * (kKeys / 2));
+                values.load(arguments.v, 0, work.hk, work.band.batch, work.tiles.at(n) * (kKeys / 2));
             };
             for (int n = 0; n < count; ++n) {
-                keys.load(arguments.k, work.tiles.at(n) * kKeys, work.hk, work.b, 0);
+                keys.load(arguments.k, work.tiles.at(n) * kKeys, work.hk, work.band.batch, 0);
                 if (n > 0) load_values(n - 1);
             }
             load_values(count - 1);
@@ -164,9 +164,9 @@ struct ForwardFp8 {
         const int group = thread_index() / 128 - 1;
         KeyRing keys = key_ring();
         ValueRing values = value_ring();
-        TileWork work;
+        TileWork work(band);
         if (group == kGroups - 1) pass_turn(group);  // the first has the first turn
-        for (int turn = 0; work.get(p, band, turn); ++turn) {
+        for (int turn = 0; work.get(p, turn); ++turn) {
             Softmax softmax(unit_of(work));
             Sum out;
             mbarrier_wait(q_full, turn & 1);
@@ -226,7 +226,7 @@ private:
     };
 
     FASTATTN_DEVICE static float descale(const Table<float>& scales, const TileWork& work) {
-        return scales.data ? look_up(scales, work.b, work.hk) : 1.f;
+        return scales.data ? look_up(scales, work.band.batch, work.hk) : 1.f;
     }
     // Not 0, which times the difference to a maximum of -inf would be NaN.
     FASTATTN_DEVICE float unit_of(const TileWork& work) const {
@@ -383,23 +383,18 @@ private:
             }
             if (i >= band.seqlen_q) continue;
             broken = broken || check != 0.f;
-            if (lane_index() % 4 == 0) store_global(lse_of(work, i), softmax.lse(half));
+            if (lane_index() % 4 == 0) store_global(work.band.row_of(p.lse, work.h, i), softmax.lse(half));
         }
         if (work.tiles.masked() > 0 && any_lane(broken)) redo(work, i0, tile, softmax, v_descale);
         fence_proxy_async();
         named_barrier_sync(kGroup + group, 128);
         if (thread_index() % 128 == 0) {
-            Outputs::store_64(tile, 0, arguments.out, i0, work.h, work.b);
+            Outputs::store_64(tile, 0, arguments.out, i0, work.h, work.band.batch);
             bulk_commit();
             bulk_wait_read<0>();
             mbarrier_arrive(q_empty);
         }
     }
-    FASTATTN_DEVICE float* lse_of(const TileWork& work, int i) const {
-        return static_cast<float*>(p.lse.data) + work.b * p.lse.stride[0] + work.h * p.lse.stride[1] +
-               i * p.lse.stride[2];
-    }
-
     // The 16 rows of a warp, for the NaN of keys that they do not see; V as the caller gave it.
     FASTATTN_DEVICE void redo(const TileWork& work, int i0, uint32_t tile, const Softmax& softmax,
                               float v_descale) const {
@@ -413,8 +408,8 @@ private:
             const float max = shuffle(r < 8 ? softmax.max[0] : softmax.max[1], lane);
             const float normalizer = shuffle(r < 8 ? factor[0] : factor[1], lane);
             RowSum<kHeadDim> out;
-            redo_keys<E4M3>(p, band, work.b, work.h, work.hk, i0 + first + r, 0, band.seqlen_k, softmax.unit, max,
-                            normalizer, out);
+            redo_keys<E4M3>(p, work.band, work.h, i0 + first + r, 0, band.seqlen_k, softmax.unit, max, normalizer, out,
+                            [&](const Tensor4& x, int j) { return key_row<E4M3>(x, work.band, work.hk, j); });
             out.template write<BFloat16, 64>(tile, first + r, 1.f);
         }
     }
