@@ -189,6 +189,7 @@ private:
             k_place.advance();
             if (masked > 0) apply_band(s, i0, work.tiles.at(0) * kTile.keys);
             softmax.weigh<true>(s, shrink);
+            if (count > 1) mbarrier_wait(k_full(k_place.stage), k_place.parity);
             pack_weights(weights, s);
         }
         int n = 1;
@@ -207,7 +208,6 @@ private:
                               float (&out)[kHeadDimV / 2], uint32_t (&weights)[kTile.keys / 16][4],
                               RingPlace<kStages>& k_place, RingPlace<kStages>& v_place) const {
         float s[kTile.keys / 2], shrink[2];
-        mbarrier_wait(k_full(k_place.stage), k_place.parity);
         wait_turn(group);
         multiply_keys(s, group, k_place.stage);
         mbarrier_wait(v_full(v_place.stage), v_place.parity);
@@ -218,6 +218,9 @@ private:
         k_place.advance();
         if (kMasked) apply_band(s, i0, work.tiles.at(n) * kTile.keys);
         softmax.weigh<kMasked>(s, shrink);
+        pin_registers(s);
+        // HAZARD: with no branch before the next wait, the compiler moves the exponentials behind it.
+        if (n + 1 < work.tiles.count()) mbarrier_wait(k_full(k_place.stage), k_place.parity);
         wgmma_wait<0>(out);
         release(v_empty(v_place.stage));
         v_place.advance();
