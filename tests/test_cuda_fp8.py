@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 import fastattn
 from fastattn import dispatch, reference
+from fastattn.backends import cuda
+from fastattn.backends.widened import Widened
 from tests.cases import Case
 from tests.fp8 import Quantised
 from tests.tolerance import assert_close_to_oracle
@@ -146,3 +149,16 @@ def test_what_runs_is_said(
     assert "widened to float32 first (softmax_scale -1: must be positive)" in said(softmax_scale=-1.0)
     monkeypatch.setenv("FASTATTN_EMULATED_CAPABILITY", "80")
     assert "widened to float32 first (compute capability is not 9.0, which the e4m3 kernel is for)" in said(48)
+
+
+def test_on_a_gpu_the_kernel_for_e4m3_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order for other calls; and where it has a reason against a call, that order again."""
+    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    made = Case("any", head_dim_qk=64, head_dim_v=64).make(torch.bfloat16).spec()
+    spec = replace(made, dtype=torch.float8_e4m3fn, needs_grad=False, device="cuda")
+    usual = tuple(name for name in dispatch.ORDER["cuda"] if name != "cuda")
+    assert dispatch.order(spec) == ("cuda", *usual)
+    assert isinstance(dispatch.taker("cuda", spec), EmulatedBackend)
+    for other in (replace(spec, mask=(1, 1, 1, 1)), replace(spec, softcap=1.0), replace(spec, head_dim_v=40)):
+        assert dispatch.order(other) == dispatch.ORDER["cuda"]
+        assert isinstance(dispatch.taker("cuda", other), Widened)

@@ -201,6 +201,7 @@ private:
             k_place.advance();
             if (masked > 0) apply_band(s, work.band, i0, work.tiles.at(0) * kTile.keys);
             softmax.weigh<true>(s, shrink);
+            if (count > 1) mbarrier_wait(k_full(k_place.stage), k_place.parity);
             pack_weights(weights, s);
         }
         int n = 1;
@@ -221,7 +222,6 @@ private:
                               RingPlace<kStages>& k_place, RingPlace<kStages>& v_place) const {
         float s[kTile.keys / 2], shrink[2];
         clear_values(work, n - 1, v_place);
-        mbarrier_wait(k_full(k_place.stage), k_place.parity);
         wait_turn(group);
         multiply_keys(s, group, k_place.stage);
         mbarrier_wait(v_full(v_place.stage), v_place.parity);
@@ -232,6 +232,9 @@ private:
         k_place.advance();
         if (kMasked) apply_band(s, work.band, i0, work.tiles.at(n) * kTile.keys);
         softmax.weigh<kMasked>(s, shrink);
+        pin_registers(s);
+        // HAZARD: with no branch before the next wait, the compiler moves the exponentials behind it.
+        if (n + 1 < work.tiles.count()) mbarrier_wait(k_full(k_place.stage), k_place.parity);
         wgmma_wait<0>(out);
         release(v_empty(v_place.stage));
         v_place.advance();
