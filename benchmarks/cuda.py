@@ -1,9 +1,10 @@
 """``python -m benchmarks cuda``: every CUDA kernel and variant beside Triton, torch's cuDNN and FLASH, and FA3.
 
 One interleaved run per cell: head_dim 64, 128 and 256, 512 to 32768 keys, full and causal; forward, backward, and
-backward under ``torch.use_deterministic_algorithms``; and single queries on 1k to 128k keys. Each contender is checked
-on the cell's own inputs before it is timed. Cells run in a child process, which is started again without whoever
-crashed or hung it. ``--seconds`` is the time that the whole run may take; what it does not suffice for is said.
+backward under ``torch.use_deterministic_algorithms``; and single queries on 1k to 128k keys. Batches also run as packed
+sequences. Each contender is checked on the cell's own inputs before it is timed. Cells run in a child process, which is
+started again without whoever crashed or hung it. ``--seconds`` is the time that the whole run may take; what it does
+not suffice for is said.
 
 All variants of the Hopper forward: ``FASTATTN_SM90_VARIANTS=1 pip install .`` on the machine with the GPU.
 """

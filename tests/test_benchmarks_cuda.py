@@ -16,7 +16,7 @@ pytest.importorskip("rich")
 
 from benchmarks import cuda
 from benchmarks.__main__ import main
-from benchmarks.cuda_cells import HEAD_DIMS, Cell, Contender, cells, contenders, environment, one_head
+from benchmarks.cuda_cells import HEAD_DIMS, Cell, Contender, cells, contenders, environment, one_head, packed_forward
 from benchmarks.cuda_table import cell_table, groups, ratio_rows, variant_table
 from benchmarks.isolated import Child, Failure, Pulse
 from benchmarks.peers import Case
@@ -59,6 +59,16 @@ def test_the_oracle_is_the_reference(causal: bool) -> None:
     torch.testing.assert_close(one_head(q[0], k[0, 0], v[0, 0], None, causal, rows=7)["output"], out[0].detach())
     for name, x in zip(("dq", "dk", "dv"), wanted, strict=True):
         torch.testing.assert_close(got[name], x[0].reshape(got[name].shape))
+
+
+def test_a_batch_is_packed_sequences_of_one_length() -> None:
+    case = Case(3, 4, 20, 20, 16, causal=True, heads_k=2)
+    q, k, v, _ = Cell(case).inputs(torch.float32, CPU)
+    out = packed_forward(case, "cpu")(q, k, v)
+    torch.testing.assert_close(out, reference.attention(q, k, v, causal=True))
+    names = [c.name for c in contenders(Cell(case), torch.device("cuda"))]
+    assert "fastattn cuda packed" in names
+    assert "fastattn cuda packed" not in [c.name for c in contenders(Cell(SMALL), torch.device("cuda"))]
 
 
 def test_environment_is_put_back() -> None:
