@@ -145,7 +145,7 @@ def _cuda_kernels(cell: Cell, spec: AttentionSpec) -> Iterator[tuple[str, str | 
 
     def text(**values: str) -> str:
         with environment(values):
-            return str(cuda._C.cuda_configuration(call, False, False, cell.direction == "backward"))
+            return str(cuda._C.cuda_configuration(call, [], cell.direction == "backward"))
 
     default = text()
     if default != text(FASTATTN_CUDA_KERNELS="sm80"):
