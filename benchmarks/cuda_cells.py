@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -158,6 +158,7 @@ def contenders(cell: Cell, device: torch.device) -> list[Contender]:
     else:
         for name, reason, values in _cuda_kernels(cell, spec):
             ours(f"cuda {name}", "cuda", reason, **values)
+        found += _packed(cell, device)
     ours("triton", "triton")
     found.append(Contender("torch cudnn", partial(sdpa, SDPBackend.CUDNN_ATTENTION)))
     found.append(Contender("torch flash", partial(sdpa, SDPBackend.FLASH_ATTENTION)))
@@ -173,7 +174,7 @@ def _cuda_kernels(cell: Cell, spec: AttentionSpec) -> Iterator[tuple[str, str | 
 
     def text(**values: str) -> str:
         with environment(values):
-            return str(cuda._C.cuda_configuration(call, False, False, cell.direction == "backward"))
+            return str(cuda._C.cuda_configuration(call, [], cell.direction == "backward"))
 
     default = text()
     if default != text(FASTATTN_CUDA_KERNELS="sm80"):
@@ -190,6 +191,37 @@ def _cuda_kernels(cell: Cell, spec: AttentionSpec) -> Iterator[tuple[str, str | 
         if what not in known:
             known.add(what)
             yield f"sm90 v{variant} ({what.split('forward, tiles of ')[-1]})", None, values
+
+
+def packed_forward(case: Case, backend: str) -> Forward:
+    """The case's batch as packed sequences of one length, which is how it lies in memory."""
+    lengths = (case.seqlen_q, case.seqlen_k)
+
+    @cache
+    def starts(device: torch.device) -> list[Tensor]:
+        return [torch.arange(0, (case.batch + 1) * n, n, dtype=torch.int32, device=device) for n in lengths]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out = fastattn.attention_varlen(q, k, v, *starts(q.device), *lengths, causal=case.causal, backend=backend)
+        assert isinstance(out, Tensor)
+        return out.unflatten(0, (case.batch, case.seqlen_q)).transpose(1, 2)
+
+    return forward
+
+
+def _packed(cell: Cell, device: torch.device) -> Iterator[Contender]:
+    """The CUDA kernels for packed sequences and their variants, where there are several sequences."""
+    case = cell.case
+    if case.batch == 1 or case.seqlen_q == 1:
+        return
+    totals = {"total_q": case.batch * case.seqlen_q, "total_k": case.batch * case.seqlen_k}
+    spec = replace(case.spec(torch.bfloat16, device), packed=True, relative_offset=True, offset=0, **totals)
+    blank = "; ".join(dispatch.reasons_against(dispatch.get_backend("cuda"), spec)) or None
+    forward = packed_forward(case, "cuda")
+    yield Contender("fastattn cuda packed", forward, blank=blank)
+    for name, reason, values in _cuda_kernels(cell, spec):
+        yield Contender(f"fastattn cuda packed {name}", forward, values, reason or blank)
 
 
 def _fa3(cell: Cell) -> Contender:

@@ -5,6 +5,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "check.h"
 #include "cpu/attention.h"
 #include "params.h"
@@ -163,8 +167,21 @@ AttentionParams cuda_call_params(const py::tuple& call, bool has_mask, bool has_
     return p;
 }
 
-std::string cuda_configuration(const py::tuple& call, bool has_mask, bool has_bias, bool backward) {
-    return cuda::configuration(cuda_call_params(call, has_mask, has_bias, false, 0), backward);
+// present: the tensors that the call has beside q, k and v, by the names of AttentionSpec.features().
+std::string cuda_configuration(const py::tuple& call, const std::vector<std::string>& present, bool backward) {
+    const auto has = [&](const char* name) { return std::find(present.begin(), present.end(), name) != present.end(); };
+    AttentionParams p = cuda_call_params(call, has("mask"), has("bias"), false, 0);
+    const auto mark = [&](auto& table, const char* name) {
+        if (has(name)) table.data = reinterpret_cast<decltype(table.data)>(uintptr_t{1});  // which is not read
+    };
+    mark(p.alibi_slopes, "alibi_slopes");
+    mark(p.sinks, "sinks");
+    mark(p.q_segments, "segments");
+    mark(p.prefix_lens, "prefix_lens");
+    mark(p.seqused_k, "seqused_k");
+    mark(p.leftpad_k, "leftpad_k");
+    mark(p.block_table, "paged keys");
+    return cuda::configuration(p, backward);
 }
 
 std::string cuda_e4m3_reason(const py::tuple& call, int64_t device) {

@@ -15,7 +15,18 @@ pytest.importorskip("rich")
 
 from benchmarks import cuda
 from benchmarks.__main__ import main
-from benchmarks.cuda_cells import HEAD_DIMS, Cell, Contender, Truth, cells, contenders, environment, one_head, prepare
+from benchmarks.cuda_cells import (
+    HEAD_DIMS,
+    Cell,
+    Contender,
+    Truth,
+    cells,
+    contenders,
+    environment,
+    one_head,
+    packed_forward,
+    prepare,
+)
 from benchmarks.cuda_table import cell_table, groups, ratio_rows, section, variant_table
 from benchmarks.isolated import Child, Failure
 from benchmarks.peers import Case
@@ -72,6 +83,16 @@ def test_cells_of_e4m3_have_numbers_that_16_bits_hold() -> None:
     assert (
         cell.labels()["plain"] is False and section(row("S1", "fastattn cuda e4m3", 1.0, e4m3=True)) == "forward, e4m3"
     )
+
+
+def test_a_batch_is_packed_sequences_of_one_length() -> None:
+    case = Case(3, 4, 20, 20, 16, causal=True, heads_k=2)
+    q, k, v, _ = Cell(case).inputs(torch.float32, CPU)
+    out = packed_forward(case, "cpu")(q, k, v)
+    torch.testing.assert_close(out, reference.attention(q, k, v, causal=True))
+    names = [c.name for c in contenders(Cell(case), torch.device("cuda"))]
+    assert "fastattn cuda packed" in names
+    assert "fastattn cuda packed" not in [c.name for c in contenders(Cell(SMALL), torch.device("cuda"))]
 
 
 def test_environment_is_put_back() -> None:

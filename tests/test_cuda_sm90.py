@@ -187,6 +187,11 @@ def test_what_runs_is_said_and_can_be_chosen(
     assert "Hopper (sm_90a: TMA, wgmma), forward, tiles of 192 queries x 128 keys" in said(q, k, v)
     assert "not the Hopper forward (a mask) but" in said(q, k, v, mask=torch.ones(64, 64, dtype=torch.bool))
     assert "Hopper (sm_90a: TMA), decoding, tiles of 16 rows x 64 keys, 6 stages" in said(q[:, :, :1], k, v)
+    with_sinks = said(q, k, v, sinks=torch.zeros(1))
+    assert "not the Hopper forward (sinks) but tensor cores (sm_80), general forward" in with_sinks
+    used = {"cache_seqlens": torch.tensor([40]), "causal": True, "backend": "cuda"}
+    fastattn.explain(fastattn.attention_with_kv_cache, q, k, v, **used)
+    assert "forward, tiles of 192 queries x 128 keys, 2 stages, ping-pong;" in capsys.readouterr().out
     many = (q[:, :, :6].expand(1, 3, 6, 64), k, v)
     assert "not the Hopper forward (seqlen_q 6: with 3 heads to a head of keys 18 rows, at most 16" in said(*many)
     wide = (torch.randn(1, 1, 64, 192).half().requires_grad_() for _ in range(3))

@@ -66,10 +66,12 @@ bool by_entry(const AttentionParams& p) {
     return p.mask.data || p.bias.data || p.dropout_threshold != 0 || p.softcap != 0 || p.alibi_slopes.data ||
            p.q_segments.data || p.prefix_lens.data || p.leftpad_k.data;
 }
+bool asks_for_general_forward(const AttentionParams& p) {
+    return few_queries(p) || by_entry(p) || p.block_table.data || p.sinks.data || !(p.softmax_scale > 0);
+}
 bool forward_is_general(const AttentionParams& p) {
-    return few_queries(p) || by_entry(p) || p.block_table.data || p.sinks.data || !(p.softmax_scale > 0) ||
-           !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) || !in_chunks(p.v, p.head_dim_v) ||
-           !in_chunks(p.out, p.head_dim_v);
+    return asks_for_general_forward(p) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
+           !in_chunks(p.v, p.head_dim_v) || !in_chunks(p.out, p.head_dim_v);
 }
 bool backward_is_general(const AttentionParams& p) {
     return by_entry(p) || !in_chunks(p.q, p.head_dim_qk) || !in_chunks(p.k, p.head_dim_qk) ||
@@ -187,7 +189,7 @@ std::string configuration(const AttentionParams& p, bool backward) {
         text << "tensor cores (sm_80), " << (by_entry(p) ? "general backward" : "backward") << ", tiles of "
              << tile.queries << " queries x " << tile.keys << " keys, " << tile.warps << " warps";
     } else {
-        const bool general = few_queries(p) || by_entry(p);
+        const bool general = asks_for_general_forward(p);
         const sm80::ForwardTile tile = general ? sm80::general_forward_tile(dim) : sm80::forward_tile(dim);
         text << "tensor cores (sm_80), " << (general ? "general forward" : "forward") << ", tiles of " << tile.queries
              << " queries x " << tile.keys << " keys, " << tile.warps << " warps";

@@ -112,10 +112,11 @@ class CudaBackend:
     def configuration(self, spec: AttentionSpec) -> str:
         if _C is None or not _C.has_cuda:
             return "not built"
-        call, has_mask, has_bias = pack_call(spec), spec.mask is not None, spec.bias is not None
-        parts = [_C.cuda_configuration(call, has_mask, has_bias, False)]
+        asked = {"mask": spec.mask, "bias": spec.bias}
+        present = [*(name for name, shape in asked.items() if shape is not None), *spec.features()]
+        parts = [_C.cuda_configuration(pack_call(spec), present, False)]
         if spec.needs_grad or spec.needs_bias_grad:
-            parts.append(_C.cuda_configuration(call, has_mask, has_bias, True))
+            parts.append(_C.cuda_configuration(pack_call(spec), present, True))
         return "; ".join([*dict.fromkeys(parts), "not yet run on a GPU"])
 
     def _stream(self, x: Tensor) -> int:

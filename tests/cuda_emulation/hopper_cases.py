@@ -66,7 +66,7 @@ DECODE = [
     case("decode-d256-window", (200, 256), (2, 350), (6, 1), used_k=(333,), window=(150, 0), num_splits=3),
     case("decode-more-queries-than-keys", 64, (12, 70), used_k=(9,), causal=True),
     packed("decode-packed", 64, (5, 0, 1, 3), (300, 20, 64, 70), heads_q=3, used_k=(300, 20, 50, 2), causal=True),
-    packed("decode-pages", 64, (5, 0, 1, 3), None, heads_q=3, used_k=(300, 20, 64, 2), page_size=16, causal=True),
+    packed("decode-pages", 64, (5, 0, 1, 3), None, heads_q=3, used_k=(20, 64, 2, 304), page_size=16, causal=True),
     case("decode-pages-split", 128, (1, 600), (8, 1), batch=2, used_k=(600, 77), page_size=128, num_splits=3),
     case("decode-pages-window", 256, (2, 200), (8, 2), batch=2, used_k=(190, 77), page_size=24, window=(100, 0)),
 ]

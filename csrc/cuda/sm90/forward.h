@@ -276,8 +276,6 @@ private:
         const int i0 = work.i0 + 64 * group;
         if (kRagged && i0 + 64 > work.band.seqlen_q) {
             Outputs::store_some(q, 64 * group, query_matrix<T>(p.out, work.band, work.h, p.head_dim_v).from(i0, 0));
-            named_barrier_sync(kGroup + group, 128);
-            if (thread_index() % 128 == 0) mbarrier_arrive(q_empty());
         } else if (thread_index() % 128 == 0) {
             Outputs::store_64(q, 64 * group, arguments.out, work.band.first_q + i0, work.h, work.band.batch);
             bulk_commit();

@@ -56,15 +56,16 @@ constexpr int kVariants = kFirstTimed;
 #endif
 
 constexpr ForwardTile forward_tile(int head_dim, int variant, bool ragged = false) {
-    if (variant < kFirstTimed) {
-        ForwardTile tile = default_tile(head_dim, variant == kBanded);
-        // Shares of uneven sequences would be uneven: blocks that wait for a multiprocessor even them out.
-        tile.persistent = tile.persistent && !ragged;
-        return tile;
+    ForwardTile tile = default_tile(head_dim, variant == kBanded);
+    if (variant >= kFirstTimed) {
+        const int n = variant - kFirstTimed;
+        const TileSize size = timed_size(head_dim, n / 4);
+        tile = {size.queries, size.keys, size.stages, (n & 1) != 0, (n & 2) != 0};
     }
-    const int n = variant - kFirstTimed;
-    const TileSize size = timed_size(head_dim, n / 4);
-    return {size.queries, size.keys, size.stages, (n & 1) != 0, (n & 2) != 0};
+    // Never persistent where sequences differ in length: shares would be uneven, which blocks that wait for a
+    // multiprocessor are not; and to look for the next sequence takes more registers than a thread that loads has.
+    tile.persistent = tile.persistent && !ragged;
+    return tile;
 }
 
 constexpr uint32_t forward_barriers(int stages) { return 2 + 4 * stages; }

@@ -11,12 +11,12 @@ struct Work {
     int h, hk;        // head of queries, of keys
     int i0;           // the first query
     TileRange tiles;  // of keys
+    static_assert(!(kPersistent && kRagged));
 
     // band: that of any sequence, if not kRagged.
     FASTATTN_DEVICE explicit Work(const Band& band) : band(band) {}
 
-    // The block's work in turn n = 0, 1, ...; false where there is none left. It may be queries that do not exist,
-    // which see no keys.
+    // The block's work in turn n = 0, 1, ...; false where there is none left.
     FASTATTN_DEVICE bool get(const AttentionParams& p, int turn) {
         const auto numbers = SequenceTiles<kQueries, kRagged>::of_queries(p);
         int64_t index = block_index();
@@ -36,10 +36,7 @@ struct Work {
         }
         h = head, hk = h / static_cast<int>(p.heads_q / p.heads_k);
         const int64_t count = kRagged ? (band.seqlen_q + kQueries - 1) / kQueries : numbers.per_sequence();
-        if (kRagged && tile >= count) {  // no such queries
-            i0 = tile * kQueries, tiles = {};
-            return kPersistent;
-        }
+        if (kRagged && tile >= count) return false;
         i0 = static_cast<int>(count - 1 - tile) * kQueries;  // the last sees the most keys
         tiles = band.key_tiles(i0, min32(i0 + kQueries, band.seqlen_q) - 1, kKeys);
         return true;
