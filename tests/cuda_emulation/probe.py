@@ -56,6 +56,11 @@ def declare(library: ctypes.CDLL) -> Callable[..., bytes | None]:
     return library.fastattn_probe
 
 
+def _low_words(x: Tensor) -> Tensor:
+    """int64 numbers below 2^32 as 32 bits each."""
+    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
+
+
 def _functions() -> list[Probe]:
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 0.5])
     x = torch.cat([special, torch.randn(502), torch.linspace(-160, 140, 512)])
@@ -99,11 +104,6 @@ def _conversions() -> list[Probe]:
     high = (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
     found.append(Probe("multiply_high", _low_words(torch.stack([a, b], 1).flatten()), _low_words(high)))
     return found
-
-
-def _low_words(x: Tensor) -> Tensor:
-    """int64 numbers below 2^32 as 32 bits each."""
-    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
 
 
 def _shuffles() -> list[Probe]:
