@@ -25,7 +25,6 @@ import torch
 
 from tests.cuda_emulation.build import HERE, ROOT, build
 from tests.cuda_emulation.mutants import Mutant, mutants, survivors, with_switches
-from tests.cuda_emulation.shapes import SHAPES, SIMT_SHAPES
 from tests.cuda_emulation.trial import NOT_BUILT, Check, Outcome, Trial, checks
 
 KERNELS = [
@@ -36,7 +35,6 @@ SOURCES = sorted(str(path.relative_to(ROOT)) for path in KERNELS if path.stem no
 OBJECTS = "simt-.*-float|simt-dbias-BFloat16|sm80-.*-BFloat16"
 #: Of those, the ones that a mutant which is compiled alone is tried in.
 FEW = "-float-64|dbias|prepare|sm80-(forward|dkdv|dq)-BFloat16-(32|192)|BFloat16-64-true|general-BFloat16-64"
-TILES = {case.name for case in [*SHAPES, *SIMT_SHAPES]}
 # An index past the end of an array in registers is a trap.
 FLAGS = "-fsanitize=bounds-strict -fsanitize-undefined-trap-on-error"
 
@@ -141,9 +139,7 @@ def judge(course: Course, trial: Trial, number: int) -> str:
             return "the compiler makes the same code of it"
         others = [n for n, m in enumerate(course.mutants) if m.path == mutant.path and n not in course.apart]
         order = trial.those_with(others) if others else range(len(trial.checks))
-        # Every tile first: this is about what the compiler knows.
-        tiles_first = sorted(order, key=lambda n: (trial.checks[n].name.split()[-1] not in TILES, trial.rank(n)))
-        return said_of(trial.of(tiles_first, None, library))
+        return said_of(trial.of(sorted(order, key=trial.rank), None, library))
     finally:
         library.unlink()
 
