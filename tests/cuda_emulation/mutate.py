@@ -188,7 +188,7 @@ def main(subject: Subject) -> None:
     wanted = [n for n, m in enumerate(found) if re.search(options.only, m.key)]
     if options.synchronisation or options.bounds:
         wanted = [n for n in wanted if found[n].about_order == options.synchronisation]
-    course = Course(found, subject.objects, options.alone, options.folder, options.part[0])
+    course = Course(found, subject.objects, options.alone, options.folder.resolve(), options.part[0])
     library = course.with_all()
     all_checks = subject.checks((0, 1) if options.bounds else (0, 1, 2), options.checks)
     trial = Trial(all_checks, library, len(found), options.seconds, subject.environment)

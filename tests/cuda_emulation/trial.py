@@ -153,7 +153,7 @@ def in_a_child(work: Callable[[], Any]) -> Any:
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
         return False, "runs for ever" if name == "SIGALRM" else name
-    return pickle.loads(data)
+    return pickle.loads(data) if data else (False, f"ended with {os.WEXITSTATUS(status)}")
 
 
 @dataclass(frozen=True)
