@@ -2,8 +2,8 @@
 
 One interleaved run per cell: head_dim 64, 128 and 256, 512 to 32768 keys, full and causal; forward, backward, and
 backward under ``torch.use_deterministic_algorithms``; single queries on 1k to 128k keys; and forwards on e4m3 beside
-16-bit ones on the same numbers. Batches also run as packed sequences. Each contender is checked on the cell's own inputs
-before it is timed. Cells run in a child process, which is started again without whoever crashed or hung it.
+16-bit ones on the same numbers. Batches also run as packed sequences. Each contender is checked on the cell's own
+inputs before it is timed. Cells run in a child process, which is started again without whoever crashed or hung it.
 ``--seconds`` is the time that the whole run may take; what it does not suffice for is said.
 
 All variants of the Hopper forwards: ``FASTATTN_SM90_VARIANTS=1 pip install .`` on the machine with the GPU.

@@ -63,12 +63,16 @@ def sources(csrc: Path = ROOT / "csrc", keep: str = "") -> dict[str, tuple[str, 
 def build(
     folder: Path, csrc: Path = ROOT / "csrc", keep: str = "", more_flags: str = "", more_sources: tuple[Path, ...] = ()
 ) -> Path:
-    """Compiles what has changed into ``folder/_C.so``; RuntimeError where something does not compile."""
+    """Compiles what has changed into ``folder/_C.so``; RuntimeError where something does not compile.
+
+    ``more_flags``: of the objects of ``csrc/cuda``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     objects = sources(csrc, keep) | {f"{path.stem}.o": (str(path), "") for path in more_sources}
     lines = [RULES]
     for name, (source, extra) in objects.items():
-        lines.append(f"build {name}: cxx {source}\n  flags = {FLAGS.format(csrc=csrc)} {more_flags} {extra}")
+        more = more_flags if name.startswith("cuda-") else ""
+        lines.append(f"build {name}: cxx {source}\n  flags = {FLAGS.format(csrc=csrc)} {more} {extra}")
     lines += [f"build _C.so: link {' '.join(objects)}"]
     text = "\n".join(lines) + "\n"
     ninja_file = folder / "build.ninja"

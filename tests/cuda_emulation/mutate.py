@@ -13,6 +13,7 @@ Survivors that are known, with the reason, are in ``survivors.txt``; others make
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ OBJECTS = "simt-.*-float|simt-dbias-BFloat16|sm80-.*-BFloat16"
 #: Of those, the ones that a mutant which is compiled alone is tried in.
 FEW = "-float-64|dbias|prepare|sm80-(forward|dkdv|dq)-BFloat16-(32|192)|BFloat16-64-true|general-BFloat16-64"
 # An index past the end of an array in registers is a trap.
-FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
+FLAGS = "-fsanitize=bounds-strict -fsanitize-undefined-trap-on-error"
 
 
 def write(path: Path, text: str) -> None:
@@ -80,7 +81,11 @@ class Course:
             write(memory, "\n".join(sorted(keys | {self.mutants[n].key for n in self.apart})))
             try:
                 switch = HERE / "mutation" / "switch.cpp"
-                return build(self.folder / "build", csrc, self.objects, f"{FLAGS} -Werror=vla", (switch,))
+                library = build(self.folder / "build", csrc, self.objects, f"{FLAGS} -Werror=vla", (switch,))
+                mine = library.with_name(f"{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so")
+                if not mine.exists():
+                    shutil.copy(library, mine)  # the next process may build another
+                return mine
             except RuntimeError as error:
                 wrong = set(re.findall(rf"{csrc}/(\S+?):(\d+):\d+: error", str(error)))
                 found = {n for n, m in enumerate(self.mutants) if (m.path, str(m.line)) in wrong} - self.apart
@@ -138,7 +143,7 @@ def judge(course: Course, trial: Trial, number: int) -> str:
         if same:
             return "the compiler makes the same code of it"
         others = [n for n, m in enumerate(course.mutants) if m.path == mutant.path and n not in course.apart]
-        order = trial.those_with(others) if others else list(range(len(trial.checks)))
+        order = trial.those_with(others) if others else range(len(trial.checks))
         return said_of(trial.of(sorted(order, key=trial.rank), None, library))
     finally:
         library.unlink()
@@ -183,7 +188,7 @@ def main(subject: Subject) -> None:
     wanted = [n for n, m in enumerate(found) if re.search(options.only, m.key)]
     if options.synchronisation or options.bounds:
         wanted = [n for n in wanted if found[n].about_order == options.synchronisation]
-    course = Course(found, subject.objects, options.alone, options.folder, options.part[0])
+    course = Course(found, subject.objects, options.alone, options.folder.resolve(), options.part[0])
     library = course.with_all()
     all_checks = subject.checks((0, 1) if options.bounds else (0, 1, 2), options.checks)
     trial = Trial(all_checks, library, len(found), options.seconds, subject.environment)

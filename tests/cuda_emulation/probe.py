@@ -60,6 +60,11 @@ def declare(library: ctypes.CDLL) -> Callable[..., bytes | None]:
     return library.fastattn_probe
 
 
+def _low_words(x: Tensor) -> Tensor:
+    """int64 numbers below 2^32 as 32 bits each."""
+    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
+
+
 def _functions() -> list[Probe]:
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 0.5])
     x = torch.cat([special, torch.randn(502), torch.linspace(-160, 140, 512)])
@@ -113,11 +118,6 @@ def _e4m3() -> list[Probe]:
     y = bits.view(torch.float8_e4m3fn)
     eight = x.clamp(-448, 448).to(torch.float8_e4m3fn)
     return [Probe("e4m3_pack", words(x), words(eight)), Probe("e4m3_unpack", words(bits), words(y.float()), NAN_ONLY)]
-
-
-def _low_words(x: Tensor) -> Tensor:
-    """int64 numbers below 2^32 as 32 bits each."""
-    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
 
 
 def _shuffles() -> list[Probe]:

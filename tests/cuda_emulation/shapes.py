@@ -43,4 +43,5 @@ SIMT_SHAPES = [
     shape("d64", 64, 70, 130, causal=True),
     shape("d128", 128, 33, 65, bias=(0, 0, 1, 0), **RULES),
     shape("d256", 256, 33, 65, causal=True),
+    shape("bias_tiles", 8, 65, 65, bias=(0, 0, 0, 0)),  # several tiles of the gradient of a bias
 ]

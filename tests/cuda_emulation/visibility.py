@@ -37,6 +37,7 @@ EDGES = (
     Edge("last_key_of_two_heads", 65, 65, (None, 0), 0, key=64, query=64, heads=2),
     Edge("first_key", 20, 130, (64, None), 110, key=64, query=19),
     Edge("last_query", 70, 20, (45, None), 0, key=19, query=64),
+    Edge("last_key_of_tile", 65, 70, (1, 0), 0, key=63, query=64),  # no other key of its tile is seen by the query
     Edge("first_query", 130, 128, (None, 0), 62, key=127, query=64),
     Edge("no_query", 20, 150, (5, None), 140, key=0, query=0),  # none sees a key of the first tile of 128
     # Of the warps that share a tile of keys some have keys that the query sees, some have not, some have none at all.

@@ -72,4 +72,13 @@ constexpr int query_tile_bytes(int head_dim) {
     return 2 * head_dim * (2 * query_tile(head_dim).queries + 4 * query_tile(head_dim).keys);
 }
 
+constexpr bool all_fit(int head_dim) {
+    constexpr int kMost = 99 << 10;
+    return forward_tile(head_dim).shared_bytes(head_dim) <= kMost &&
+           general_forward_tile(head_dim).shared_bytes(head_dim) <= kMost &&
+           key_tile(head_dim).shared_bytes(head_dim) <= kMost &&
+           general_key_tile(head_dim).shared_bytes(head_dim) <= kMost && query_tile_bytes(head_dim) <= kMost;
+}
+static_assert(all_fit(32) && all_fit(64) && all_fit(96) && all_fit(128) && all_fit(192) && all_fit(256));
+
 }  // namespace fastattn::cuda::sm80
