@@ -35,15 +35,16 @@ def ahead_of_time(what: str) -> Any:
 def test_every_class_of_features_compiles(arch: str) -> None:
     """Within the shared memory of a program, and without spilling more than compilers do by choice: 16 bytes a thread.
 
-    ptxas spills that much for one program more on a multiprocessor. On AMD the unit is a register, and none is allowed
-    but that one, which the widest kernel spills.
+    ptxas spills that much for one program more on a multiprocessor, and those of Triton 3.6 and 3.8 a little more. On
+    AMD the unit is a register, and none is allowed but that one, which the widest kernel spills.
     """
     if arch == "sm_100" and version() < (3, 8):
         pytest.skip("Triton 3.6 and 3.7 fail in a pass of their own: the backend says so")
     kernels = ahead_of_time(arch)
     assert len({kernel["class"] for kernel in kernels}) == 12 + (arch == "sm_90")
-    spilled = [kernel for kernel in kernels if kernel["spilled"] > (1 if arch == "gfx942" else 16)]
-    assert not spilled or version() < (3, 7)  # 3.6 spills up to 84 bytes
+    most, older = (1, {(3, 6): 10}) if arch == "gfx942" else (16, {(3, 6): 84, (3, 8): 24})
+    most = older.get(version(), most)
+    assert not [kernel for kernel in kernels if kernel["spilled"] > most]
     assert max(kernel["shared"] for kernel in kernels) <= SHARED_MEMORY[arch]
     assert_plain_kernels_are_plain(kernels)
 

@@ -169,6 +169,7 @@ TABLE: Table = {
         "decode": Config(64, 64, 4, 3, _DECODE),
         "dkdv": Config(64, 64, 8, 2, "two accumulators of 64x64; 4 warps spill with a mask and a bias"),
         "dq": Config(64, 64, 4, 2, "Q, dO and the accumulator; 254 registers"),
+        "dbias": Config(64, 64, 8, 2, "like dq, and the bias's own tile: 4 warps spill (Triton 3.8)"),
     },
     ("sm_80", 16, 128): {
         "forward": Config(64, 64, 4, 2, "an accumulator of 64x128 is 64 registers; 128 rows spill with 4 warps"),
@@ -291,7 +292,8 @@ def config(arch: str, bits: int, features: Features, kernel: str) -> Config:
     """The config of one of :data:`KERNELS` on one of :data:`ARCHITECTURES`, or in the ``"interpreter"``."""
     if arch == "interpreter":
         return INTERPRETER
-    c = TABLE[arch, bits, bucket(features)]["dq" if kernel == "dbias" else kernel]
+    row = TABLE[arch, bits, bucket(features)]
+    c = row["dq"] if kernel == "dbias" and kernel not in row else row[kernel]
     return _lean(c, kernel) if features.LEAN else c
 
 
