@@ -72,6 +72,13 @@ def explain(*arguments: Any, **options: Any) -> None:
     function, rest = attention, arguments
     if arguments and callable(arguments[0]) and not isinstance(arguments[0], Tensor):
         function, rest = arguments[0], arguments[1:]
-    with _DryRun() as run:
-        function(*rest, **options)
+    changed: list[tuple[Any, dict[str, Any]]] = []
+    ops.undo, outer = changed, ops.undo
+    try:
+        with _DryRun() as run:
+            function(*rest, **options)
+    finally:
+        for cache, before in reversed(changed):
+            vars(cache).update(before)
+        ops.undo = outer
     print("\n".join(run.texts) or "no attention call was made")

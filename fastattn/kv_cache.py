@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import ops
 from fastattn.cache import attention_with_kv_cache
 
 
@@ -55,6 +56,8 @@ class KVCache:
             ValueError: there is no room; or as that function.
         """
         before = {name: x[:] if isinstance(x, list) else x for name, x in vars(self).items()}
+        if ops.undo is not None:
+            ops.undo.append((self, before))
         try:
             if key is not None and value is not None:
                 self._reserve(key, value)

@@ -39,6 +39,8 @@ Call = tuple[Any, ...]
 #: Tensors without a gradient, in the order of ``Tensors`` after sinks; empty when all of them are None.
 Others = Sequence[Tensor | None]
 _DEFAULTS: Call = (0.0, False, 0, 0, 0)
+#: While ``fastattn.explain`` is at work, what to set back when it is done: objects, and their attributes before.
+undo: list[tuple[Any, dict[str, Any]]] | None = None
 _plans: dict[tuple[Any, ...], tuple[AttentionSpec, Backend | None]] = {}
 _MAX_PLANS = 4096
 

@@ -299,6 +299,8 @@ CASES = [
     Case("head_dim_80_v_128", head_dim_qk=80, head_dim_v=128, seqlen_q=20),
     Case("head_dim_192_v_128", head_dim_qk=192, head_dim_v=128, seqlen_q=20, batch=1),
     Case("head_dim_256", head_dim_qk=256, head_dim_v=256, seqlen_q=20, batch=1),
+    Case("head_dim_512", head_dim_qk=512, head_dim_v=512, seqlen_q=9, causal=True, **SINGLE),
+    Case("head_dim_576_v_512", head_dim_qk=576, head_dim_v=512, page_size=16, heads_q=4, heads_k=1, seqlen_q=2),
     Case("head_dim_300", head_dim_qk=300, head_dim_v=300, seqlen_q=20, batch=1),
     Case("causal_square", causal=True, seqlen_q=65, seqlen_k=65),
     Case("causal_top_left", causal=True, offset=0),

@@ -37,13 +37,13 @@ def test_the_cpu_kernel_is_first_on_the_cpu() -> None:
 
 
 def test_a_reason_sends_the_call_to_the_next() -> None:
-    assert dispatch.get_backend("cpu").unsupported_reasons(spec(head_dim_qk=513)) == ["head_dim_qk 513: at most 512"]
-    assert dispatch.select(spec(head_dim_qk=513)).name == "reference"
+    assert dispatch.get_backend("cpu").unsupported_reasons(spec(head_dim_qk=577)) == ["head_dim_qk 577: at most 576"]
+    assert dispatch.select(spec(head_dim_qk=577)).name == "reference"
 
 
 def test_a_named_backend_never_falls_back() -> None:
-    wide = torch.randn(1, 1, 3, 513)
-    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run this call.*head_dim_qk 513"):
+    wide = torch.randn(1, 1, 3, 577)
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run this call.*head_dim_qk 577"):
         fastattn.attention(wide, wide, wide, backend="cpu")
     with fastattn.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot run this call"):
         fastattn.attention(wide, wide, wide)
@@ -129,6 +129,22 @@ def test_explain_tells_of_any_function_and_writes_nothing(capsys: pytest.Capture
     assert "no attention call" in capsys.readouterr().out
     with pytest.raises(ValueError, match="room for 9 keys"):
         fastattn.explain(fastattn.attention_with_kv_cache, Q, cache, cache, Q, Q, cache_seqlens=8)
+
+
+def test_explain_of_nested_tensors_and_of_caches_that_it_leaves_as_they_were(capsys: pytest.CaptureFixture) -> None:
+    x = torch.nested.nested_tensor_from_jagged(torch.randn(7, 2, 8), torch.tensor([0, 5, 7])).transpose(1, 2)
+    for function in (fastattn.attention, fastattn.scaled_dot_product_attention):
+        fastattn.explain(function, x, x, x)
+        assert "batch 2, heads 2, queries 5" in capsys.readouterr().out
+    for cache in (fastattn.KVCache(30), fastattn.PagedKVCache(30, 2)):
+        for filled in (False, True):
+            before = {name: x[:] if isinstance(x, list) else x for name, x in vars(cache).items()}
+            fastattn.explain(lambda cache=cache: [cache.attend(Q, Q, Q) for _ in range(2)])
+            text = capsys.readouterr().out
+            assert text.count("RUNS: ") == 2
+            assert all(x is vars(cache)[name] or x == vars(cache)[name] for name, x in before.items())
+            if not filled:
+                cache.attend(Q, Q, Q)
 
 
 def test_flops_count_visible_pairs() -> None:

@@ -336,8 +336,8 @@ def test_bad_use(unbroken: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run(*words)
-    with pytest.raises(UserError, match=r"--attention cpu: backend 'cpu' cannot run this call .*520: at most 512"):
-        run("compare", "--out", unbroken, *TINY, "--d-model", 520, "--heads", 1, "--attentions", "cpu", "--steps", 1)
+    with pytest.raises(UserError, match=r"--attention cpu: backend 'cpu' cannot run this call .*640: at most 576"):
+        run("compare", "--out", unbroken, *TINY, "--d-model", 640, "--heads", 1, "--attentions", "cpu", "--steps", 1)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--attention cuda cannot run here"):
             run("train", "--out", tmp_path / "none", "--attention", "cuda")

@@ -143,6 +143,19 @@ def test_bias_of_finfo_min_gives_mean_of_values() -> None:
     assert lse.isfinite().all()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_sink_of_minus_infinity_is_none(splits: int) -> None:
+    """In rows that see keys, and in one that sees nothing; in the kernel, and where splits are put together."""
+    spec, t = build(torch.float32, mask=(2, 2, 5, 41), seqlen_q=5, num_splits=splits, needs_grad=False)
+    t.mask[:, :, 2] = False
+    sinks = torch.full((2,), -math.inf, device=DEVICE)
+    without = BACKEND.forward(spec, t)
+    withal = BACKEND.forward(AttentionSpec(**{**vars(spec), "sinks": True}), t._replace(sinks=sinks))
+    assert not withal[0][:, :, 2].any() and (withal[1][:, :, 2] == -math.inf).all()
+    for a, b in zip(withal, without, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nonfinite_bias_gives_nan_in_its_rows_only(value: float) -> None:
     spec, t = build(torch.float32, bias=(1, 1, 37, 41))

@@ -21,6 +21,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from fastattn.backends.base import Tensors
+from fastattn.backends.triton import configs
 from fastattn.backends.triton.launch import Launch, plan_backward, plan_forward
 from fastattn.spec import AttentionSpec
 from tests import ragged
@@ -99,7 +100,7 @@ def warm_up(launch: Launch) -> Any:
 
 
 def compiled(launch: Launch, arch: str) -> dict[str, Any]:
-    """Registers, bytes of registers spilled, and shared memory of one kernel."""
+    """Registers, bytes of registers spilled, and shared memory of one kernel; and what it is made of."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         kernel = warm_up(launch)
@@ -107,7 +108,16 @@ def compiled(launch: Launch, arch: str) -> dict[str, Any]:
     if arch.startswith("gfx"):
         text, registers, spilled = kernel.asm["amdgcn"], r"\.vgpr_count: +(\d+)", r"\.vgpr_spill_count: +(\d+)"
     found = [int(re.search(pattern, text)[1]) for pattern in (registers, spilled)]  # type: ignore[index]
-    return {"registers": found[0], "spilled": found[1], "shared": kernel.metadata.shared}
+    size = {"registers": found[0], "spilled": found[1], "shared": kernel.metadata.shared}
+    return {**size, "operations": operations(kernel.asm["ttir"])}
+
+
+def operations(ttir: str) -> dict[str, int]:
+    """How many of the operations that features add, and pointers among its arguments, a kernel has as written."""
+    names = ("tt.load", "tt.descriptor_load", "tt.store", "tt.dot", "math.exp2", "math.log2", "tt.mulhiui")
+    signature = re.search(r"tt\.func public @\w+\((.*?)\) attributes", ttir)
+    found = {name: len(re.findall(rf"(?<![\w.]){re.escape(name)} ", ttir)) for name in names}
+    return {**found, "pointers": signature[1].count("!tt.ptr")}  # type: ignore[index]
 
 
 def compile_all(arch: str) -> Iterator[dict[str, Any]]:
@@ -122,6 +132,19 @@ def compile_all(arch: str) -> Iterator[dict[str, Any]]:
             if (careful and name != "causal") or (kernel == "delta_kernel" and name != "plain"):
                 continue
             yield {"class": name, "kernel": kernel, "careful": careful, **compiled(launch, arch)}
+    if arch == "sm_90":
+        yield from compile_described(arch)
+
+
+def compile_described(arch: str) -> Iterator[dict[str, Any]]:
+    """The plain call's kernels that can read through tensor descriptors, and the forward with specialised warps."""
+    spec, t = prepared(CLASSES["plain"], torch.bfloat16)
+    row = configs.TABLE[arch, 16, 128]
+    row |= {name: replace(row[name], descriptors=True, specialize=name == "forward") for name in ("forward", "dq")}
+    for launch in launches(spec, t, arch):
+        if launch.arguments.get("DESCRIPTORS"):
+            kernel = launch.kernel.fn.__name__
+            yield {"class": "described", "kernel": kernel, "careful": False, **compiled(launch, arch)}
 
 
 def compilations(case: Case, lengths: list[tuple[int, int]]) -> dict[str, int]:

@@ -12,7 +12,7 @@
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
-constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kMaxTileColumns = 512;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

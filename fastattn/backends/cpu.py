@@ -17,7 +17,7 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = None
 
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
 
 
 class CpuBackend:

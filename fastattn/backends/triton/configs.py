@@ -147,7 +147,7 @@ def _fp32(arch: str) -> Table:
     warps = 4 if arch == "gfx942" else 8  # 8 waves have 256 registers each, and spill
     sizes = {
         64: ((64, 32, 4, 2), (16, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
-        128: ((32, 32, 8, 2), (16, 32, 4, 2), (32, 32, warps, 1), (16, 32, 8, 1)),
+        128: ((32, 32, 8, 2), (16, 32, 4, 2), (32, 32, warps, 1), (16, 32, warps, 1)),
         256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         576: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     }
@@ -169,6 +169,7 @@ TABLE: Table = {
         "decode": Config(64, 64, 4, 3, _DECODE),
         "dkdv": Config(64, 64, 8, 2, "two accumulators of 64x64; 4 warps spill with a mask and a bias"),
         "dq": Config(64, 64, 4, 2, "Q, dO and the accumulator; 254 registers"),
+        "dbias": Config(64, 64, 8, 2, "like dq, and the bias's own tile: 4 warps spill (Triton 3.8)"),
     },
     ("sm_80", 16, 128): {
         "forward": Config(64, 64, 4, 2, "an accumulator of 64x128 is 64 registers; 128 rows spill with 4 warps"),
@@ -291,7 +292,8 @@ def config(arch: str, bits: int, features: Features, kernel: str) -> Config:
     """The config of one of :data:`KERNELS` on one of :data:`ARCHITECTURES`, or in the ``"interpreter"``."""
     if arch == "interpreter":
         return INTERPRETER
-    c = TABLE[arch, bits, bucket(features)]["dq" if kernel == "dbias" else kernel]
+    row = TABLE[arch, bits, bucket(features)]
+    c = row["dq"] if kernel == "dbias" and kernel not in row else row[kernel]
     return _lean(c, kernel) if features.LEAN else c
 
 
