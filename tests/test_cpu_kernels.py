@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,7 +139,11 @@ def test_whatever_is_drawn(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", [64, 30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_queries_feel_nothing_unseen(dtype: torch.dtype, head_dim: int, hide: str) -> None:
-    """NaN in keys that no query sees, and in a query, changes no bit of the gradients of what does not see it."""
+    """NaN in keys that no query sees, and in a query, changes no bit of the gradients of what does not see it.
+
+    But in bfloat16, whose tiles round weights, blocks with NaN in them are left to vectors, which do not: there the
+    gradients are held to the oracle's.
+    """
     torch.manual_seed(3)
     q, k, v, grad = (torch.randn(1, h, n, head_dim).to(dtype) for h, n in ((4, 2), (2, 600), (2, 600), (4, 2)))
     bias = torch.zeros(2, 600, dtype=dtype)
@@ -150,15 +154,21 @@ def test_few_queries_feel_nothing_unseen(dtype: torch.dtype, head_dim: int, hide
     dirty[0][:, :, 1] = dirty[1][:, :, hidden] = dirty[2][:, :, hidden] = math.nan
     seen_by_one = slice(100, None) if hide == "bias" else slice(None, 101)
 
-    def gradients(leaves: list[Tensor]) -> list[Tensor]:
-        leaves = [x.requires_grad_() for x in leaves]
-        return list(torch.autograd.grad(fastattn.attention(*leaves, **options, backend="cpu"), leaves, grad))
+    def gradients(function: Callable[..., Tensor], inputs: list[Tensor], to: torch.dtype, **more: str) -> list[Tensor]:
+        leaves = [x.to(to).requires_grad_() for x in inputs]
+        call = {name: x.to(to) if isinstance(x, Tensor) else x for name, x in (options | more).items()}
+        return list(torch.autograd.grad(function(*leaves, **call), leaves, grad.to(to)))
 
-    (dq, dk, dv), (dq_dirty, *rest) = gradients([q, k, v]), gradients(dirty)
-    assert torch.equal(dq_dirty[:, :, 0], dq[:, :, 0]) and dq_dirty[:, :, 1].isnan().all()
-    for clean, dirtied in zip((dk, dv), rest, strict=True):
-        assert torch.equal(dirtied[:, :, seen_by_one], clean[:, :, seen_by_one])
-        assert not clean[:, :, hidden].any()
+    clean, dirtied = (gradients(fastattn.attention, x, dtype, backend="cpu") for x in ([q, k, v], dirty))
+    naive, oracle = (gradients(fastattn.reference.attention, [q, k, v], to) for to in (dtype, torch.float64))
+    assert dirtied[0][:, :, 1].isnan().all()
+    for n, part in enumerate((slice(0, 1), seen_by_one, seen_by_one)):
+        actual, *others = (x[n][:, :, part] for x in (dirtied, clean, naive, oracle))
+        if dtype is torch.bfloat16:
+            assert_close_to_oracle(actual, *others[1:])
+        else:
+            assert torch.equal(actual, others[0])
+    assert not any(x[:, :, hidden].any() for x in dirtied[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

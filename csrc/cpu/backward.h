@@ -57,7 +57,8 @@ private:
         std::atomic<bool> failed{false}, k_non_finite{false}, q_non_finite{false}, dout_non_finite{false};
     };
     struct Tile {
-        Buffer<C> slope, bias_ds;
+        Buffer<C> slope, bias_ds, bias;
+        Buffer<uint8_t> mask;
         typename P::Gradients gradients;
         std::vector<uint8_t> keep;
         C ds_sums[kColumns];  // of dS over the tile's keys
@@ -228,9 +229,14 @@ private:
         C* bias_ds = wants_ds ? tile.bias_ds.reserve(kMostRows * kColumns) : nullptr;
         C* slope = capped ? tile.slope.reserve(kMostRows * kColumns) : nullptr;
         if (!plain) {
+            GatheredRow<C> gathered = scores_.gather(e, h, first + r, rows, i + span.first,
+                                                     std::min(i + span.last, i_end), kColumns, tile.bias, tile.mask);
             for (int64_t k = 0; k < rows; ++k) {
                 scores_.template finish_row<true>(s + k * kColumns + span.first, e, h, first + r + k, i + span.first,
-                                                  i + span.last, capped ? slope + k * kColumns + span.first : nullptr);
+                                                  i + span.last, capped ? slope + k * kColumns + span.first : nullptr,
+                                                  gathered);
+                if (gathered.bias != nullptr) gathered.bias += kColumns;
+                if (gathered.mask != nullptr) gathered.mask += kColumns;
             }
         }
         const Vector<C> factor = splat(plain ? scores_.scale : C(1)), nothing = splat(-kInfinity<C>), zero{};

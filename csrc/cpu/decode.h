@@ -6,17 +6,22 @@
 #include "few_rows.h"
 #include "schedule.h"
 #include "softmax.h"
+#if defined(__AMX_BF16__)
+#include "amx_few_rows.h"
+#endif
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
 template <typename T, typename C>
 class Decode {
     using R = FewRows<T, C>;
+    using ByTiles = FewRowsByTiles<T>;
 
 public:
     static bool suits(const AttentionParams& p) { return R::suit(p); }
 
-    explicit Decode(const AttentionParams& params) : p_(params), scores_(params), group_(p_.heads_q / p_.heads_k) {}
+    explicit Decode(const AttentionParams& params)
+        : p_(params), scores_(params), group_(p_.heads_q / p_.heads_k), tiled_(ByTiles::suit(params)) {}
 
     void run() {
         split_ = p_.num_splits > 0 ? round_up(count_of(p_.seqlen_k, p_.num_splits), kBlock) : kSplit;
@@ -41,6 +46,7 @@ private:
 
     struct Tile {
         Buffer<C> q, s, k, v;
+        ByTiles by_tiles;
         std::vector<uint8_t> keep;
     };
 
@@ -54,6 +60,10 @@ private:
         std::fill(top, sum, -kInfinity<C>);
         std::fill(sum, out + part_size(), C(0));
         const C* q = R::read(p_, p_.q, e, head_k, p_.head_dim_qk, tile.q);
+        [[maybe_unused]] const typename ByTiles::Session session;
+        if constexpr (ByTiles::kExist) {
+            if (tiled_) tile.by_tiles.start(n, q, p_.head_dim_qk);
+        }
         const Rows<T> k = key_rows<T>(p_, p_.k, e, head_k), v = key_rows<T>(p_, p_.v, e, head_k);
         const int64_t low = n == 0 ? 0 : e.key_low(0), high = n == 0 ? 0 : e.key_high(e.seqlen_q - 1);
         const int64_t last = std::min((split + 1) * split_, std::min(e.seqlen_k, high));
@@ -66,14 +76,23 @@ private:
     void block(const Entry& e, int64_t head_k, int64_t n, const C* q, const Rows<T>& k, const Rows<T>& v, int64_t j,
                int64_t keys, int64_t last, C* out, C* top, C* sum, Tile& tile) const {
         C* s = tile.s.reserve(R::kMaxRows * kBlock);
-        R::with_rows(k, j, keys, last, p_.head_dim_qk, tile.k,
-                     [&](auto rows) { R::products(n, q, rows, round_up(p_.head_dim_qk, L), s); });
+        [[maybe_unused]] const bool tiled = tiled_ && keys == kBlock;
+        R::with_rows(k, j, keys, last, p_.head_dim_qk, tile.k, [&](auto rows) {
+            if constexpr (ByTiles::kExist && std::is_same_v<decltype(rows), const T**>) {
+                if (tiled) return tile.by_tiles.products(rows, k.row, p_.head_dim_qk, s);
+            }
+            R::products(n, q, rows, round_up(p_.head_dim_qk, L), s);
+        });
         for (int64_t r = 0; r < n; ++r) {
             const int64_t h = head_k * group_ + r / e.seqlen_q, i = r % e.seqlen_q;
             weigh(e, h, i, j, keys, s + r * kBlock, top[r], sum[r], out + r * out_dim(), tile);
         }
-        R::with_rows(v, j, keys, last, p_.head_dim_v, tile.v,
-                     [&](auto rows) { R::add_values(n, s, rows, keys, out_dim(), out); });
+        R::with_rows(v, j, keys, last, p_.head_dim_v, tile.v, [&](auto rows) {
+            if constexpr (ByTiles::kExist && std::is_same_v<decltype(rows), const T**>) {
+                if (tiled) return tile.by_tiles.add_values(n, s, rows, out_dim(), out);
+            }
+            R::add_values(n, s, rows, keys, out_dim(), out);
+        });
     }
 
     // From products to weights, in place; the row's largest score, sum and output so far follow.
@@ -135,6 +154,7 @@ private:
     const AttentionParams& p_;
     const Scores<C> scores_;
     const int64_t group_;
+    const bool tiled_;
     int64_t split_ = 0, splits_ = 0;
     C* parts_ = nullptr;
 };

@@ -225,4 +225,12 @@ struct FewRows {
     }
 };
 
+// The same for whole blocks by the processor's matrix tiles, where it has them: amx_few_rows.h.
+template <typename T>
+struct FewRowsByTiles {
+    static constexpr bool kExist = false;
+    struct Session {};
+    static bool suit(const AttentionParams&) { return false; }
+};
+
 }  // namespace fastattn::cpu::FASTATTN_CPU_ISA

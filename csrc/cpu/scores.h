@@ -72,6 +72,13 @@ struct Span {
     }
 };
 
+// A row of the bias and of the mask, one element after the other; null: not gathered.
+template <typename C>
+struct GatheredRow {
+    const C* bias = nullptr;
+    const uint8_t* mask = nullptr;
+};
+
 // The scores of a call, t = cap(scale · q·k) - slope · |i + offset - j| + bias, cap(x) = softcap · tanh(x / softcap).
 // log2(e) is not folded into the scale: it would save nothing here, rounds large scores worse, and overflows beside a
 // bias of finfo.min.
@@ -115,8 +122,12 @@ struct Scores {
         if (p.mask.data != nullptr) {
             const int64_t row_step = p.mask.stride[transposed ? 3 : 2], step = p.mask.stride[transposed ? 2 : 3];
             const uint8_t* visible = element<uint8_t, transposed>(p.mask, e.b, h, row, low);
-            whole &= trim(row_step == 0 ? 1 : rows, low, high,
-                          [&](int64_t r, int64_t c) { return visible[r * row_step + c * step]; });
+            const int64_t n = row_step == 0 ? 1 : rows;
+            if (step == 1) {  // known to the compiler, which can then take many at a time
+                whole &= trim(n, low, high, [&](int64_t r, int64_t c) { return visible[r * row_step + c]; });
+            } else {
+                whole &= trim(n, low, high, [&](int64_t r, int64_t c) { return visible[r * row_step + c * step]; });
+            }
         }
         if (p.q_segments.data != nullptr) {
             const Table<int32_t>&of_rows = transposed ? p.k_segments : p.q_segments,
@@ -150,10 +161,11 @@ struct Scores {
     }
 
     // One row of a score tile in place: t for columns [first, last) of the row, -inf where window, prefix, segment or
-    // mask hide them. s points at column `first`. slope: with a softcap, receives cap's derivative; or null.
+    // mask hide them. s points at column `first`. slope: with a softcap, receives cap's derivative; or null. gathered:
+    // the row of the bias and of the mask from column `first` on, where it has been gathered.
     template <bool transposed>
-    void finish_row(C* s, const Entry& e, int64_t h, int64_t row, int64_t first, int64_t last,
-                    C* slope = nullptr) const {
+    void finish_row(C* s, const Entry& e, int64_t h, int64_t row, int64_t first, int64_t last, C* slope = nullptr,
+                    const GatheredRow<C>& gathered = {}) const {
         const int64_t b = e.b;
         int64_t low = transposed ? e.query_low(row) : e.key_low(row);
         int64_t high = transposed ? e.query_high(row) : e.key_high(row);
@@ -175,21 +187,11 @@ struct Scores {
             const int64_t start = transposed ? low + e.offset - row : low - e.offset - row;
             for (int64_t c = 0; c < n; ++c) s[c] -= per_key * std::fabs(static_cast<C>(start + c));
         }
-        if (p.bias.data != nullptr) {
-            switch (p.bias_dtype) {
-                case DType::kFloat16:
-                    add_bias<Half, transposed>(s, b, h, row, low, n);
-                    break;
-                case DType::kBFloat16:
-                    add_bias<BFloat16, transposed>(s, b, h, row, low, n);
-                    break;
-                case DType::kFloat32:
-                    add_bias<float, transposed>(s, b, h, row, low, n);
-                    break;
-                case DType::kFloat64:
-                    add_bias<double, transposed>(s, b, h, row, low, n);
-                    break;
-            }
+        if (gathered.bias != nullptr) {
+            add_bias(s, gathered.bias + (low - first), 1, n);
+        } else if (p.bias.data != nullptr) {
+            with_bias<transposed>(b, h, row, low,
+                                  [&](auto* bias) { add_bias(s, bias, p.bias.stride[transposed ? 2 : 3], n); });
         }
         if (!transposed && e.prefix > 0) {
             const int64_t from = std::clamp(e.prefix, low, high), to = std::clamp(e.window_low(row), from, high);
@@ -203,8 +205,9 @@ struct Scores {
             for (int64_t c = 0; c < n; ++c) s[c] = theirs[c * of_columns.stride[1]] == mine ? s[c] : -kInfinity<C>;
         }
         if (p.mask.data != nullptr) {
-            const int64_t step = p.mask.stride[transposed ? 2 : 3];
+            int64_t step = p.mask.stride[transposed ? 2 : 3];
             const uint8_t* visible = element<uint8_t, transposed>(p.mask, b, h, row, low);
+            if (gathered.mask != nullptr) step = 1, visible = gathered.mask + (low - first);
             if (step == 1) {
                 for (int64_t c = 0; c < n; ++c) s[c] = visible[c] ? s[c] : -kInfinity<C>;
             } else if (step == 0) {
@@ -221,14 +224,71 @@ struct Scores {
                (transposed ? column : row) * x.stride[2] + (transposed ? row : column) * x.stride[3];
     }
 
-    template <typename B, bool transposed>
-    void add_bias(C* s, int64_t b, int64_t h, int64_t row, int64_t low, int64_t n) const {
-        const int64_t step = p.bias.stride[transposed ? 2 : 3];
-        const B* bias = element<B, transposed>(p.bias, b, h, row, low);
-        for (int64_t c = 0; c < n; ++c) {
-            const C add = static_cast<C>(widen(bias[c * step]));
+    // Gathers for a block of keys [row, row + rows) by queries [first, last) what lies query by query in memory: bias
+    // and mask, key by key, `stride` apart from one key to the next; those that all queries share are left where they
+    // are. Returns the first key's.
+    GatheredRow<C> gather(const Entry& e, int64_t h, int64_t row, int64_t rows, int64_t first, int64_t last,
+                          int64_t stride, Buffer<C>& bias, Buffer<uint8_t>& mask) const {
+        GatheredRow<C> found;
+        const int64_t n = last - first;
+        // A bias of 32 bits is read as fast where it lies.
+        const bool narrow_bias = p.bias_dtype == DType::kFloat16 || p.bias_dtype == DType::kBFloat16;
+        if (p.bias.data != nullptr && p.bias.stride[2] != 0 && narrow_bias) {
+            C* to = bias.reserve(rows * stride);
+            with_bias<true>(e.b, h, row, first, [&](auto* from) {
+                transpose(from, p.bias.stride[3], p.bias.stride[2], rows, n, to, stride);
+            });
+            found.bias = to;
+        }
+        if (p.mask.data != nullptr && p.mask.stride[2] != 0) {
+            uint8_t* to = mask.reserve(rows * stride);
+            transpose(element<uint8_t, true>(p.mask, e.b, h, row, first), p.mask.stride[3], p.mask.stride[2], rows, n,
+                      to, stride);
+            found.mask = to;
+        }
+        return found;
+    }
+    // to[r * stride + c] = from[r * row_step + c * step].
+    template <typename B, typename To>
+    static void transpose(const B* from, int64_t row_step, int64_t step, int64_t rows, int64_t n, To* to,
+                          int64_t stride) {
+        for (int64_t c = 0; c < n; ++c, from += step, ++to) {
+            for (int64_t r = 0; r < rows; ++r) {
+                if constexpr (std::is_same_v<B, To>) {
+                    to[r * stride] = from[r * row_step];
+                } else {
+                    to[r * stride] = static_cast<To>(widen(from[r * row_step]));
+                }
+            }
+        }
+    }
+
+    // use(the bias of the row from the column on).
+    template <bool transposed, typename Use>
+    void with_bias(int64_t b, int64_t h, int64_t row, int64_t column, const Use& use) const {
+        switch (p.bias_dtype) {
+            case DType::kFloat16:
+                return use(element<Half, transposed>(p.bias, b, h, row, column));
+            case DType::kBFloat16:
+                return use(element<BFloat16, transposed>(p.bias, b, h, row, column));
+            case DType::kFloat32:
+                return use(element<float, transposed>(p.bias, b, h, row, column));
+            case DType::kFloat64:
+                return use(element<double, transposed>(p.bias, b, h, row, column));
+        }
+    }
+
+    template <typename B>
+    static void add_bias(C* s, const B* bias, int64_t step, int64_t n) {
+        const auto add = [](C x, B y) {
+            const C wide = static_cast<C>(widen(y));
             // The product of an unseen NaN key must not outlive a bias of -inf.
-            s[c] = add == -kInfinity<C> ? add : s[c] + add;
+            return wide == -kInfinity<C> ? wide : x + wide;
+        };
+        if (step == 1) {
+            for (int64_t c = 0; c < n; ++c) s[c] = add(s[c], bias[c]);
+        } else {
+            for (int64_t c = 0; c < n; ++c) s[c] = add(s[c], bias[c * step]);
         }
     }
 
