@@ -145,7 +145,7 @@ def test_few_queries_feel_nothing_unseen(dtype: torch.dtype, head_dim: int, hide
     gradients are held to the oracle's.
     """
     torch.manual_seed(3)
-    q, k, v, grad = (torch.randn(1, h, n, head_dim).to(dtype) for h, n in ((4, 2), (2, 600), (2, 600), (4, 2)))
+    q, k, v, grad = (torch.randn(1, h, n, head_dim).to(dtype) for h, n in ((6, 2), (2, 600), (2, 600), (6, 2)))
     bias = torch.zeros(2, 600, dtype=dtype)
     bias[0, 590:], bias[1, 100:] = -math.inf, -math.inf  # what query 0 sees, and no more; what query 1 sees
     options = {"bias": bias} if hide == "bias" else {"window": (488, 1), "offset": 588}
