@@ -61,6 +61,7 @@ gpu:
 	.venv-gpu/bin/python -m pytest -n 8 $(PYTEST_FLAGS)
 	.venv-gpu/bin/python -m benchmarks $(if $(TEXT),--text '$(TEXT)')
 	.venv-gpu/bin/python -m benchmarks cuda --seconds 120
+	.venv-gpu/bin/python -m benchmarks tune --seconds 120
 
 $(STAMP): $(BUILD_INPUTS)
 	test -e $(STAMP) || test ! -e $(VENV) || { ls $(VENV)/installed-* >/dev/null 2>&1 && rm -rf $(VENV); } || { \
