@@ -1,6 +1,9 @@
 // The most this processor can do, for benchmarks/peaks.py, compiled for the machine at hand: loops of nothing but
 // multiply-adds in registers, and one that reads memory. Each returns the operations or bytes it did, 0 where the
 // processor has no such instructions.
+#include <dlfcn.h>
+
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -100,15 +103,24 @@ int64_t read(const char* from, int64_t bytes) {
     return at;
 }
 
+// On torch's OpenMP threads where it has them, as the kernels are: others would share their cores with those, which
+// spin after torch's own work, and find less than there is.
 template <typename Work>
 int64_t in_threads(int threads, const Work& work) {
-    std::vector<int64_t> done(static_cast<size_t>(threads));
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back([&, t] { done[static_cast<size_t>(t)] = work(t); });
-    done[0] = work(0);
-    for (auto& other : others) other.join();
-    int64_t total = 0;
-    for (const int64_t each : done) total += each;
+    std::atomic<int> next{0};
+    std::atomic<int64_t> total{0};
+    auto run = [&] {
+        for (int t = next++; t < threads; t = next++) total += work(t);
+    };
+    using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    if (const auto openmp = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"))) {
+        openmp([](void* shared) { (*static_cast<decltype(run)*>(shared))(); }, &run, static_cast<unsigned>(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int t = 1; t < threads; ++t) others.emplace_back(run);
+        run();
+        for (auto& other : others) other.join();
+    }
     return total;
 }
 

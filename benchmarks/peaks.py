@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("peaks.cpp")
-#: Rounds of a loop: about a millisecond, beside which starting a thread is little.
+#: Rounds of a loop: about a millisecond, beside which waking threads is little.
 ROUNDS = {"fma": 100_000, "vdpbf16": 150_000, "amx": 25_000}
 
 
@@ -30,11 +30,12 @@ def library() -> ctypes.CDLL | str:
     target = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "peaks.so"
-        command = [*compiler, "-O3", "-std=c++17", target, "-shared", "-fPIC", "-pthread", str(SOURCE), "-o", str(path)]
+        flags = ["-O3", "-std=c++17", target, "-shared", "-fPIC", "-pthread"]
+        command = [*compiler, *flags, str(SOURCE), "-ldl", "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
-            return f"{shlex.join(command[:-3])}: {first}"
+            return f"{shlex.join(command[:-4])}: {first}"
         loaded = ctypes.CDLL(str(path))
     for name in ("fma", "vdpbf16", "amx", "read"):
         getattr(loaded, f"peak_{name}").restype = ctypes.c_int64
