@@ -71,18 +71,16 @@ struct Band {
     template <bool kRagged = true>
     static FASTATTN_DEVICE Band of(const AttentionParams& p, int64_t b) {
         Band band = {};
-        band.batch = static_cast<int>(b);
+        band.batch = kRagged && p.cu_seqlens_q.data ? 0 : static_cast<int>(b);
         band.seqlen_q = static_cast<int>(p.seqlen_q);
-        band.seqlen_k = static_cast<int>(p.seqlen_k);
         if (kRagged && p.cu_seqlens_q.data) {
-            band.batch = 0;
             band.first_q = look_up(p.cu_seqlens_q, b);
             band.seqlen_q = look_up(p.cu_seqlens_q, b + 1) - band.first_q;
         }
-        if (kRagged) {
-            if (p.cu_seqlens_k.data) band.first_k = look_up(p.cu_seqlens_k, b);
-            band.seqlen_k = p.seqused_k.data ? look_up(p.seqused_k, b) : room_of(p, b);
-        }
+        if (kRagged && p.cu_seqlens_k.data) band.first_k = look_up(p.cu_seqlens_k, b);
+        band.seqlen_k = kRagged && p.seqused_k.data ? look_up(p.seqused_k, b)
+                        : kRagged                   ? room_of(p, b)
+                                                    : static_cast<int>(p.seqlen_k);
         band.offset = p.relative_offset ? p.offset + band.seqlen_k - band.seqlen_q : p.offset;
         const auto clamp = [&](int64_t x) {
             return static_cast<int>(x < -band.seqlen_q ? -band.seqlen_q : x > band.seqlen_k ? band.seqlen_k : x);
