@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "cpu/attention.h"
+#include "cpu/threads.h"
 #include "params.h"
 #ifdef FASTATTN_WITH_CUDA
 #include "cuda/attention.h"
@@ -229,6 +230,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of fastattn; see csrc/params.h for what a call is made of.";
     m.def("cpu_forward", &cpu_forward);
     m.def("cpu_backward", &cpu_backward);
+    m.def("cpu_leave_openmp", &cpu::leave_openmp);
     m.def("cpu_instruction_set", &cpu::instruction_set);
     m.def("cpu_instruction_sets", &cpu::instruction_sets);
 #ifdef FASTATTN_WITH_CUDA

@@ -236,6 +236,25 @@ def test_several_python_threads_at_once(two_threads: None, forked: bool) -> None
         assert child.exitcode == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_forked_before_the_first_call() -> None:
+    """From one whose torch has run on threads, which the child has not."""
+    code = (
+        "import os, signal, torch, fastattn\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(1, 1, 400, 64)\n"
+        "torch.nn.functional.scaled_dot_product_attention(x, x, x)\n"
+        "if child := os.fork():\n"
+        "    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "signal.alarm(60)\n"
+        "fastattn.attention(x, x, x, backend='cpu')\n"
+        "print('done', flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stdout + done.stderr
+
+
 class Attended(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Items that a worker computes, forward and backward."""
 

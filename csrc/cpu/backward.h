@@ -4,7 +4,9 @@
 // added when all earlier tiles have added theirs. Every sum has one order, so nothing depends on the number of threads.
 #pragma once
 
+#include <atomic>
 #include <stdexcept>
+#include <vector>
 
 #include "schedule.h"
 

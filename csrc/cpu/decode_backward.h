@@ -20,13 +20,14 @@ public:
         : p_(params), scores_(params), group_(p_.heads_q / p_.heads_k) {}
 
     void run() {
-        splits_ = count_of(p_.seqlen_k, kSplit);
-        const int64_t heads = p_.batch * p_.heads_k, threads = std::max<int64_t>(1, p_.num_threads);
-        parts_ = scratch<Buffer<C>>().reserve(heads * splits_ * part_size());
-        parallel_for(threads, heads * splits_, [&](int64_t item) {
-            part(item / splits_ / p_.heads_k, item / splits_ % p_.heads_k, item % splits_, parts_ + item * part_size());
-        });
-        parallel_for(threads, heads, [&](int64_t item) { combine(item / p_.heads_k, item % p_.heads_k); });
+        splits_ = std::max<int64_t>(1, count_of(p_.seqlen_k, kSplit));
+        parts_ = scratch<Buffer<C>>().reserve(p_.batch * p_.heads_k * splits_ * part_size());
+        for_each_part(
+            p_, splits_,
+            [&](int64_t b, int64_t head_k, int64_t split, int64_t index) {
+                part(b, head_k, split, parts_ + index * part_size());
+            },
+            [&](int64_t b, int64_t head_k) { combine(b, head_k); });
     }
 
 private:

@@ -6,9 +6,14 @@
 
 namespace fastattn::cpu {
 
-// Calls body(item) once for each item in [0, items), items taken in order from one queue by num_threads threads at
-// most. Returns when all are done; the first exception is rethrown. Several threads may call it at once.
-void parallel_for(int64_t num_threads, int64_t items, const std::function<void(int64_t)>& body);
+// Calls body(item) once for each item in [0, items) on num_threads threads at most. In order: items are taken from one
+// queue, so an item may wait for earlier ones. Else each thread begins with a range of its own, the same in every call,
+// whose data its caches may hold. Returns when all are done; the first exception is rethrown. Several threads may call
+// it at once.
+void parallel_for(int64_t num_threads, int64_t items, const std::function<void(int64_t)>& body, bool in_order = true);
+
+// For a process that was forked before this library was loaded, from one whose OpenMP may have had threads.
+void leave_openmp();
 
 // What a loop that waits for another thread does in its `spin`th round.
 void wait_a_little(int spin);

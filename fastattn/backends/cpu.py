@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from os import getpid
+
 import torch
 from torch import Tensor
 
+from fastattn.backends import PROCESS
 from fastattn.backends.base import Gradients, Tensors, empty_like_layout, empty_lse
 from fastattn.backends.native import backward_arguments, forward_arguments
 from fastattn.spec import SUPPORTED_DTYPES, AttentionSpec, dtype_names
@@ -16,6 +19,8 @@ except ImportError as error:
     _IMPORT_ERROR: str | None = str(error)
 else:
     _IMPORT_ERROR = None
+    if getpid() != PROCESS:  # torch's threads, if there were any, were not forked with it
+        _C.cpu_leave_openmp()
 
 MAX_HEAD_DIM = 576
 
