@@ -268,6 +268,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, gqa_hint: str | None = None) -
 
     With a hint, differing head counts are refused; without one, ``heads_q`` must be a multiple of ``heads_k``.
     """
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"key and value must have the same batch (or number of pages); got {_shapes(q, k, v)}")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"key and value must have the same sequence length; got {_shapes(q, k, v)}")
     if q.shape[3] != k.shape[3]:

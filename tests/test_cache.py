@@ -157,6 +157,15 @@ def paged(**options: Any) -> Any:
     return fastattn.attention_with_kv_cache(Q, PAGES, PAGES, **{"block_table": TABLE, "cache_seqlens": USED, **options})
 
 
+def cached_apart(keys: Tensor, values: Tensor, table: Tensor | None = None) -> Any:
+    return fastattn.attention_with_kv_cache(Q, keys, values, NEW, NEW, cache_seqlens=USED, block_table=table)
+
+
+def varlen_pages(keys: Tensor, values: Tensor) -> Any:
+    pages = (x.transpose(1, 2) for x in (keys, values))
+    return fastattn.attention_varlen(ROWS, *pages, CU, seqused_k=USED, block_table=TABLE)
+
+
 def shaped(**options: Any) -> Any:
     return fastattn.attention(Q, CACHE, CACHE, **options)
 
@@ -185,6 +194,9 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: cached(cache_seqlens=torch.tensor([1.0, 2.0])), TypeError, "cache_seqlens must hold integers"),
     (lambda: cached(rotary_cos=torch.ones(3, 2)), ValueError, "rotary_cos and rotary_sin must both be given"),
     (lambda: cached(rotary_cos=ANGLES, rotary_sin=ANGLES, cache_seqlens=USED + 23), ValueError, r"30 positions"),
+    (lambda: cached_apart(CACHE, CACHE[:1]), ValueError, r"must have the same batch .*value \(1, 2, 10, 8\)"),
+    (lambda: cached_apart(PAGES, PAGES[:4], TABLE), ValueError, "number of pages"),
+    (lambda: varlen_pages(PAGES, PAGES[:4]), ValueError, "number of pages"),
     (lambda: cached(num_splits=-1), ValueError, "num_splits must be at least 0"),
     (lambda: shaped(softcap=-1.0), ValueError, "softcap must be 0 .*got -1"),
     (lambda: shaped(softcap=torch.nan), ValueError, "softcap must be 0 .*got nan"),
