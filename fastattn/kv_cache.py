@@ -55,9 +55,7 @@ class KVCache:
         Raises:
             ValueError: there is no room; or as that function.
         """
-        before = {name: x[:] if isinstance(x, list) else x for name, x in vars(self).items()}
-        if ops.undo is not None:
-            ops.undo.append((self, before))
+        before = self._remember()
         try:
             if key is not None and value is not None:
                 self._reserve(key, value)
@@ -75,6 +73,13 @@ class KVCache:
         self._lengths = self._lengths + new
         self._most = None if self._most is None else self._most + new
         return result
+
+    def _remember(self) -> dict[str, Any]:
+        """The attributes before a change, which ``fastattn.explain`` takes back when it is done."""
+        before = {name: x[:] if isinstance(x, list) else x for name, x in vars(self).items()}
+        if not torch.compiler.is_compiling() and (undo := ops.undo.get()) is not None:
+            undo.append((self, before))
+        return before
 
     def _reserve(self, key: Tensor, value: Tensor) -> None:
         """Make room for new keys in every sequence, or raise ValueError."""
@@ -95,6 +100,7 @@ class KVCache:
         """Make entry ``i`` of the batch what ``rows[i]`` was; ``rows``, integers, may repeat, drop and add entries."""
         if self.key is None or self.value is None:
             raise ValueError("the cache is empty: there is nothing to reorder")
+        self._remember()
         used = self.key.shape[2] if self._most is None else self._most
         for name in ("key", "value"):
             held = getattr(self, name)
@@ -156,6 +162,7 @@ class PagedKVCache(KVCache):
         """Give back the pages of sequence ``b``, which is then empty."""
         if self.block_table is None or not isinstance(self.lengths, Tensor):
             return
+        self._remember()
         self._free += self._held[b][::-1]
         self._held[b], self._used[b] = [], 0
         self.block_table[b] = 0
