@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn import ops
 from fastattn.cache import attention_with_kv_cache
+from fastattn.validate import check_length
 
 
 class KVCache:
@@ -27,7 +28,7 @@ class KVCache:
     """
 
     def __init__(self, capacity: int | None = None) -> None:
-        if capacity is not None and capacity < 1:
+        if capacity is not None and check_length("capacity", capacity) < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity
         self.block_table: Tensor | None = None
@@ -127,8 +128,8 @@ class PagedKVCache(KVCache):
     """
 
     def __init__(self, num_pages: int, page_size: int, max_pages: int | None = None) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
-        self.max_pages = num_pages if max_pages is None else max_pages
+        self.num_pages, self.page_size = check_length("num_pages", num_pages), check_length("page_size", page_size)
+        self.max_pages = num_pages if max_pages is None else check_length("max_pages", max_pages)
         super().__init__(self.max_pages * page_size)
         self._free = list(range(num_pages))[::-1]
         self._held: list[list[int]] = []

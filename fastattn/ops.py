@@ -40,7 +40,7 @@ Call = tuple[Any, ...]
 #: Tensors without a gradient, in the order of ``Tensors`` after sinks; empty when all of them are None.
 Others = Sequence[Tensor | None]
 _DEFAULTS: Call = (0.0, False, 0, 0, 0)
-#: While ``fastattn.explain`` is at work, what to set back when it is done (in its thread, as its mode is): objects, and their attributes before.
+#: While ``fastattn.explain`` is at work in this thread, what to set back then: objects, and their attributes before.
 undo: ContextVar[list[tuple[Any, dict[str, Any]]] | None] = ContextVar("fastattn_undo", default=None)
 _plans: dict[tuple[Any, ...], tuple[AttentionSpec, Backend | None]] = {}
 _MAX_PLANS = 4096

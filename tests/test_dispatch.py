@@ -146,10 +146,11 @@ def test_explain_of_nested_tensors_and_of_caches_that_it_leaves_as_they_were(cap
             if filled:
                 paged = isinstance(cache, fastattn.PagedKVCache)
                 change, rows = (cache.free, 0) if paged else (cache.reorder, torch.tensor([0]))
-                held = [x.clone() for x in (cache.key, cache.value)]
+                bits = [x.view(torch.int32).clone() for x in (cache.key, cache.value)]  # NaN may stand where no key is
                 fastattn.explain(lambda change=change, rows=rows, cache=cache: (change(rows), cache.attend(Q, Q, Q)))
                 assert capsys.readouterr().out.count("RUNS: ") == 1
-                assert torch.equal(cache.key, held[0]) and torch.equal(cache.value, held[1])
+                now = (x.view(torch.int32) for x in (cache.key, cache.value))
+                assert all(map(torch.equal, now, bits))
             assert all(x is vars(cache)[name] or x == vars(cache)[name] for name, x in before.items())
             if not filled:
                 cache.attend(Q, Q, Q)
