@@ -42,6 +42,7 @@ class KVCache:
 
     @lengths.setter
     def lengths(self, lengths: int | Tensor) -> None:
+        self._remember()
         self._lengths = lengths
         # Keys of the longest sequence: an upper bound, for which nobody has to wait for the device. None: not known.
         self._most = None if isinstance(lengths, Tensor) else lengths

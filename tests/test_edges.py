@@ -171,7 +171,7 @@ def test_a_flag_is_checked_after_a_call_that_was_right() -> None:
             function(Q, K, V, **{flag: 1})
 
     fastattn.attention(Q, K, V, return_lse=True)
-    for function in (fastattn.attention, fastattn.attention_fp8):
+    for function in (fastattn.attention, fastattn.attention_fp8, reference):
         with pytest.raises(TypeError, match="return_lse must be True or False, got str"):
             function(Q, K, V, return_lse="no")
 
