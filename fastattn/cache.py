@@ -8,8 +8,8 @@ from torch import Tensor
 from fastattn import checks, ops
 from fastattn.call import combine_window, shaping
 from fastattn.ragged import Ragged, prepare_ragged
-from fastattn.spec import Window, check_shapes, check_tensors
-from fastattn.validate import check_block_table, check_integers, check_length
+from fastattn.spec import Window, check_shapes, check_tensors, dtype_names
+from fastattn.validate import check_block_table, check_dense, check_flag, check_integers, check_length
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
@@ -22,6 +22,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) 
         x: ``(batch, heads, seq, head_dim)``.
         cos, sin: ``(batch or 1, seq, rotary_dim / 2)``, of the angles at each position.
     """
+    check_flag("interleaved", interleaved)
     half = cos.shape[-1]
     if 2 * half > x.shape[3] or cos.shape != sin.shape:
         raise ValueError(
@@ -117,7 +118,9 @@ def attention_with_kv_cache(
             told without its lengths: see :func:`fastattn.debug_checks`), or an input asks for a gradient while keys
             are appended or paged.
     """
-    check_tensors(query, key_cache, value_cache)
+    check_flag("return_lse", return_lse)
+    check_flag("rotary_interleaved", rotary_interleaved)
+    check_tensors(query, key_cache, value_cache, names=("query", "key_cache", "value_cache"))
     for name, x in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}")
@@ -133,18 +136,22 @@ def attention_with_kv_cache(
         check_integers("leftpad_k", leftpad_k, query, (batch,))
         leftpad_k = leftpad_k.to(torch.int32).expand(batch)
     used = lengths
-    if rotary_cos is not None or rotary_sin is not None:
-        query, key = _rotate(query, key, lengths, rotary_cos, rotary_sin, rotary_interleaved, causal or window)
     if key is not None or value is not None:
         _check_new(query, key_cache, value_cache, key, value)
         assert key is not None and value is not None
         used = lengths + key.shape[2]
+    if rotary_cos is not None or rotary_sin is not None:
+        query, key = _rotate(query, key, lengths, rotary_cos, rotary_sin, rotary_interleaved, causal or window)
+    grad = (query, key, value, key_cache, value_cache)  # turned by tables that may ask for one
+    if key is not None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grad):
+        raise ValueError("appending to a cache in place has no gradient: call it under torch.no_grad()")
     _check_room(lengths, 0 if key is None else key.shape[2], capacity)
     k, v = key_cache, value_cache
     if block_table is None and not isinstance(used, Tensor):
         k, v = k[:, :, :used], v[:, :, :used]
         mask, bias, k_segments = (
-            x[..., :used] if x is not None and x.shape[-1:] == (capacity,) else x for x in (mask, bias, k_segments)
+            x[..., :used] if isinstance(x, Tensor) and x.shape[-1:] == (capacity,) else x
+            for x in (mask, bias, k_segments)
         )
         seqused, capacity = None, used
     else:
@@ -181,6 +188,8 @@ def _lengths(
     if isinstance(cache_seqlens, Tensor):
         check_integers("cache_seqlens", cache_seqlens, q, (batch,))
         return cache_seqlens.to(torch.int32).expand(batch)
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        raise TypeError(f"cache_seqlens must be an int or a tensor of integers (batch,), got {cache_seqlens!r}")
     if check_length("cache_seqlens", cache_seqlens) > capacity:
         raise ValueError(
             f"cache_seqlens must be at most {capacity}, the keys that the cache holds, got {cache_seqlens}"
@@ -201,8 +210,6 @@ def _check_new(q: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor | 
                 f"{name} must be {expected} of {cache.dtype} on {cache.device}, like its cache {tuple(cache.shape)}; "
                 f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
             )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, key, value, key_cache, value_cache)):
-        raise ValueError("appending to a cache in place has no gradient: call it under torch.no_grad()")
 
 
 def _check_room(lengths: int | Tensor, new: int, capacity: int) -> None:
@@ -223,11 +230,14 @@ def _rotate(
     interleaved: bool,
     moves: object,
 ) -> tuple[Tensor, Tensor | None]:
-    tables = isinstance(cos, Tensor) and isinstance(sin, Tensor)
-    if cos is None or sin is None or not tables or cos.dim() != 2 or cos.shape != sin.shape:
+    if not isinstance(cos, Tensor) or not isinstance(sin, Tensor) or cos.dim() != 2 or cos.shape != sin.shape:
         raise ValueError(
             "rotary_cos and rotary_sin must both be given, as tensors of one shape (positions, rotary_dim / 2)"
         )
+    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
+        check_dense(name, x, q)
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {dtype_names((x.dtype,))}")
     count = max(q.shape[2] if moves else 1, 0 if k is None else k.shape[2])
     if not isinstance(lengths, Tensor):
         if lengths + count > cos.shape[0]:

@@ -111,6 +111,7 @@ def select(spec: AttentionSpec, backend: str = "", direction: str = "forward") -
 
     Raises:
         RuntimeError: a backend was named and cannot run the call; the message gives its reasons. There is no fallback.
+            Or none can: a gradient of e4m3 tensors, which :func:`fastattn.attention_fp8` refuses before.
         ValueError: no backend has that name.
     """
     if backend:
@@ -120,14 +121,16 @@ def select(spec: AttentionSpec, backend: str = "", direction: str = "forward") -
         return chosen
     for name in order(spec, direction):
         chosen = taker(name, spec)
-        if not reasons_against(chosen, spec):
+        if not (reasons := reasons_against(chosen, spec)):
             return chosen
-    raise AssertionError("the reference backend runs everything")
+    raise RuntimeError(f"no backend runs this call ({spec}): {'; '.join(reasons)}")
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the block, run every attention call on the named backend, forward and backward; never fall back.
+
+    Where that backend has no kernel for e4m3 tensors, it takes them widened: see :func:`fastattn.attention_fp8`.
 
     Args:
         name: "cpu", "triton", "cuda" or "reference"; None returns to automatic choice.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, overload
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,12 +74,14 @@ def explain(*arguments: Any, **options: Any) -> None:
     if arguments and callable(arguments[0]) and not isinstance(arguments[0], Tensor):
         function, rest = arguments[0], arguments[1:]
     changed: list[tuple[Any, dict[str, Any]]] = []
-    ops.undo, outer = changed, ops.undo
+    token = ops.undo.set(changed)
+    # what dropout draws is given back; asking for CUDA's generators would start CUDA
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with _DryRun() as run:
+        with torch.random.fork_rng(devices), _DryRun() as run:
             function(*rest, **options)
     finally:
         for cache, before in reversed(changed):
             vars(cache).update(before)
-        ops.undo = outer
+        ops.undo.reset(token)
     print("\n".join(run.texts) or "no attention call was made")

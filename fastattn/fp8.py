@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import checks, ops
 from fastattn.call import AttentionOptions, prepare_options, unfold
 from fastattn.spec import FP8
-from fastattn.validate import check_descale
+from fastattn.validate import check_dense, check_descale, check_flag, check_length
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,15 +35,16 @@ def quantize_fp8(x: Tensor, heads: int | None = None) -> tuple[Tensor, Tensor]:
         makes its whole head NaN.
 
     Raises:
-        TypeError: x is not floating.
+        TypeError: x is not floating, or not dense; heads is no int.
         ValueError: fewer than three dimensions, or heads that ``heads`` does not divide.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    check_dense("x", x, x)
     if x.dim() < 3:
         raise ValueError(f"x must have at least 3 dimensions (..., heads, seq, head_dim), got shape {tuple(x.shape)}")
     number = x.shape[-3]
-    if heads is not None and (heads < 1 or number % heads):
+    if heads is not None and (check_length("heads", heads) == 0 or number % heads):
         raise ValueError(f"heads must divide the {number} heads of x, got {heads}")
     heads = number if heads is None else heads
     if x.numel() == 0:
@@ -84,7 +85,7 @@ def attention_fp8(
         key: ``(..., heads_k, seq_k, head_dim_qk)``, likewise.
         value: ``(..., heads_k, seq_k, head_dim_v)``, likewise.
         q_descale: float32, positive: ``(..., heads_k)``, a scale for the query heads that share a key head, or one
-            element for all. Default: 1.
+            element for all; batch dimensions broadcast. Default: 1.
         k_descale: likewise. Default: 1.
         v_descale: likewise. Default: 1.
         return_lse: also return the natural log-sum-exp of the scores. Default: False.
@@ -99,6 +100,7 @@ def attention_fp8(
         TypeError, ValueError: as :func:`fastattn.attention`; scales of another dtype or shape.
         RuntimeError: a gradient is asked for; or a named backend cannot run this call.
     """
+    check_flag("return_lse", return_lse)
     scales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     tensors = {
         "query": query,
@@ -122,7 +124,7 @@ def attention_fp8(
     for name, x in scales.items():
         if x is not None:
             check_descale(name, x, q, shape)
-            x = x.reshape(1, 1).expand(q.shape[0], heads) if x.numel() == 1 else x.reshape(q.shape[0], heads)
+            x = (x.reshape(()) if x.numel() == 1 else x).expand(*batch, heads).reshape(q.shape[0], heads)
             if checks.enabled():
                 checks.check_positive(name, x)
         rows.append(x)

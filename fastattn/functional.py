@@ -119,6 +119,8 @@ def attention(
             return_lse=return_lse,
             backend=backend,
         )
+    if type(return_lse) is not bool:
+        check_flag("return_lse", return_lse)
     shaped = shaping(softcap, alibi_slopes, sinks, q_segments, k_segments, prefix_lens)
     plain: tuple[Any, ...] = ()
     if mask is bias is window is offset is shaped is backend is None and _is_default(dropout_p, softmax_scale, causal):

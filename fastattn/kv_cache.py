@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn import ops
 from fastattn.cache import attention_with_kv_cache
+from fastattn.validate import check_length
 
 
 class KVCache:
@@ -27,7 +28,7 @@ class KVCache:
     """
 
     def __init__(self, capacity: int | None = None) -> None:
-        if capacity is not None and capacity < 1:
+        if capacity is not None and check_length("capacity", capacity) < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity
         self.block_table: Tensor | None = None
@@ -41,6 +42,7 @@ class KVCache:
 
     @lengths.setter
     def lengths(self, lengths: int | Tensor) -> None:
+        self._remember()
         self._lengths = lengths
         # Keys of the longest sequence: an upper bound, for which nobody has to wait for the device. None: not known.
         self._most = None if isinstance(lengths, Tensor) else lengths
@@ -55,9 +57,7 @@ class KVCache:
         Raises:
             ValueError: there is no room; or as that function.
         """
-        before = {name: x[:] if isinstance(x, list) else x for name, x in vars(self).items()}
-        if ops.undo is not None:
-            ops.undo.append((self, before))
+        before = self._remember()
         try:
             if key is not None and value is not None:
                 self._reserve(key, value)
@@ -75,6 +75,13 @@ class KVCache:
         self._lengths = self._lengths + new
         self._most = None if self._most is None else self._most + new
         return result
+
+    def _remember(self) -> dict[str, Any]:
+        """The attributes before a change, which ``fastattn.explain`` takes back when it is done."""
+        before = {name: x[:] if isinstance(x, list) else x for name, x in vars(self).items()}
+        if not torch.compiler.is_compiling() and (undo := ops.undo.get()) is not None:
+            undo.append((self, before))
+        return before
 
     def _reserve(self, key: Tensor, value: Tensor) -> None:
         """Make room for new keys in every sequence, or raise ValueError."""
@@ -95,6 +102,7 @@ class KVCache:
         """Make entry ``i`` of the batch what ``rows[i]`` was; ``rows``, integers, may repeat, drop and add entries."""
         if self.key is None or self.value is None:
             raise ValueError("the cache is empty: there is nothing to reorder")
+        self._remember()
         used = self.key.shape[2] if self._most is None else self._most
         for name in ("key", "value"):
             held = getattr(self, name)
@@ -121,8 +129,8 @@ class PagedKVCache(KVCache):
     """
 
     def __init__(self, num_pages: int, page_size: int, max_pages: int | None = None) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
-        self.max_pages = num_pages if max_pages is None else max_pages
+        self.num_pages, self.page_size = check_length("num_pages", num_pages), check_length("page_size", page_size)
+        self.max_pages = num_pages if max_pages is None else check_length("max_pages", max_pages)
         super().__init__(self.max_pages * page_size)
         self._free = list(range(num_pages))[::-1]
         self._held: list[list[int]] = []
@@ -156,6 +164,7 @@ class PagedKVCache(KVCache):
         """Give back the pages of sequence ``b``, which is then empty."""
         if self.block_table is None or not isinstance(self.lengths, Tensor):
             return
+        self._remember()
         self._free += self._held[b][::-1]
         self._held[b], self._used[b] = [], 0
         self.block_table[b] = 0

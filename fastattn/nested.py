@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.packed import attention_varlen
+from fastattn.validate import check_flag
 
 
 def is_nested(*tensors: object) -> bool:
@@ -63,6 +64,7 @@ def attention_nested(query: Any, key: Any, value: Any, gqa_hint: str | None = No
     if options.get("k_segments") is None and k.offsets() is q.offsets():
         options["k_segments"] = options.get("q_segments")
     return_lse = options.pop("return_lse", False)
+    check_flag("return_lse", return_lse)
     of_k = of_q if k.offsets() is q.offsets() else of_k
     out, lse = attention_varlen(q.values(), k.values(), v.values(), of_q, of_k, return_lse=True, **options)
     out = like(q, out).transpose(1, 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ Call = tuple[Any, ...]
 #: Tensors without a gradient, in the order of ``Tensors`` after sinks; empty when all of them are None.
 Others = Sequence[Tensor | None]
 _DEFAULTS: Call = (0.0, False, 0, 0, 0)
-#: While ``fastattn.explain`` is at work, what to set back when it is done: objects, and their attributes before.
-undo: list[tuple[Any, dict[str, Any]]] | None = None
+#: While ``fastattn.explain`` is at work in this thread, what to set back then: objects, and their attributes before.
+undo: ContextVar[list[tuple[Any, dict[str, Any]]] | None] = ContextVar("fastattn_undo", default=None)
 _plans: dict[tuple[Any, ...], tuple[AttentionSpec, Backend | None]] = {}
 _MAX_PLANS = 4096
 

@@ -12,7 +12,7 @@ from fastattn import ops
 from fastattn.call import autocast, combine_window, shaping
 from fastattn.ragged import Ragged, prepare_ragged
 from fastattn.spec import Window, check_shapes, check_tensors
-from fastattn.validate import check_block_table, check_cu_seqlens, check_integers, check_length
+from fastattn.validate import check_block_table, check_cu_seqlens, check_flag, check_integers, check_length
 
 
 def attention_varlen(
@@ -88,6 +88,7 @@ def attention_varlen(
         TypeError, ValueError: as :func:`fastattn.attention`; also when cu_seqlens, tables or lengths have the wrong
             dtype or shape, or a paged call asks for a gradient.
     """
+    check_flag("return_lse", return_lse)
     if block_table is None:
         query, key, value = autocast(query, key, value)
     check_tensors(query, key, value)

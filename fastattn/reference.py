@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.spec import Window, check_bias, check_mask, check_shapes, check_tensors, check_window
+from fastattn.validate import check_flag
 
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -244,6 +245,7 @@ def attention(
     Raises:
         TypeError, ValueError: tensors of the wrong kind, type or shape; dropout without a seed.
     """
+    check_flag("return_lse", return_lse)
     check_tensors(query, key, value)
     if not query.dim() == key.dim() == value.dim() == 4:
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"

@@ -239,12 +239,19 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...] = SUPPORTED_DTYPES) -> None:
-    """Raise on what no backend accepts in ``query``, ``key``, ``value``: kind, type, device, rank.
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtypes: tuple[torch.dtype, ...] = SUPPORTED_DTYPES,
+    names: tuple[str, str, str] = ("query", "key", "value"),
+) -> None:
+    """Raise on what no backend accepts in ``query``, ``key``, ``value``, or as the caller names them: kind, type,
+    device, rank.
 
     Shapes are checked by :func:`check_shapes`, once all three are four-dimensional.
     """
-    for name, x in (("query", q), ("key", k), ("value", v)):
+    for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout is not torch.strided or x.is_quantized:
@@ -252,13 +259,13 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ..
             raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
     if q.dtype not in dtypes or q.dtype != k.dtype or q.dtype != v.dtype:
         got = f"query {q.dtype}, key {k.dtype}, value {v.dtype}".replace("torch.", "")
-        hint = "; attention_fp8 takes float8_e4m3fn" if q.dtype is FP8 and FP8 not in dtypes else ""
+        hint = "; attention_fp8 takes float8_e4m3fn, dense and uncached" if q.dtype is FP8 and FP8 not in dtypes else ""
         raise TypeError(f"query, key and value must share one dtype of {dtype_names(dtypes)}; got {got}{hint}")
     if q.device != k.device or q.device != v.device:
         raise ValueError(
             f"query, key and value must be on one device; got query {q.device}, key {k.device}, value {v.device}"
         )
-    for name, x in (("query", q), ("key", k), ("value", v)):
+    for name, x in zip(names, (q, k, v), strict=True):
         if x.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions (..., seq, head_dim), got shape {tuple(x.shape)}")
 
@@ -268,6 +275,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, gqa_hint: str | None = None) -
 
     With a hint, differing head counts are refused; without one, ``heads_q`` must be a multiple of ``heads_k``.
     """
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"key and value must have the same batch (or number of pages); got {_shapes(q, k, v)}")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"key and value must have the same sequence length; got {_shapes(q, k, v)}")
     if q.shape[3] != k.shape[3]:

@@ -32,18 +32,20 @@ def check_softcap(softcap: float) -> None:
         raise ValueError(f"softcap must be 0 (none) or a positive finite number, got {softcap}")
 
 
-def _check_dense(name: str, x: Tensor, q: Tensor) -> None:
+def check_dense(name: str, x: Tensor, q: Tensor) -> None:
+    """Raise unless ``x`` is a dense tensor on the query's device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided or x.is_quantized:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.layout is not torch.strided or x.is_quantized or x.is_nested:
+        kind = "a NestedTensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on the query's device {q.device}, got {x.device}")
 
 
 def check_slopes(slopes: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
     """Raise unless ``alibi_slopes`` is ``(heads_q,)`` or ``expected``, ``(*batch, heads_q)``, and asks no gradient."""
-    _check_dense("alibi_slopes", slopes, q)
+    check_dense("alibi_slopes", slopes, q)
     if slopes.dtype not in SUPPORTED_DTYPES[:3]:
         raise TypeError(f"alibi_slopes must be of dtype {dtype_names(SUPPORTED_DTYPES[:3])}, got {slopes.dtype}")
     if tuple(slopes.shape) not in (expected[-1:], expected):
@@ -57,7 +59,7 @@ def check_slopes(slopes: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
 
 def check_sinks(sinks: Tensor, q: Tensor) -> None:
     """Raise unless ``sinks`` is ``(heads_q,)``, of a type that lse holds exactly."""
-    _check_dense("sinks", sinks, q)
+    check_dense("sinks", sinks, q)
     accepted = SUPPORTED_DTYPES if q.dtype is torch.float64 else SUPPORTED_DTYPES[:3]
     if sinks.dtype not in accepted:
         raise TypeError(
@@ -76,13 +78,20 @@ def check_seed(seed: Tensor, q: Tensor) -> None:
         raise ValueError(f"dropout_seed must be on the query's device {q.device}, got {seed.device}")
 
 
+def _broadcasts(x: Tensor, expected: tuple[int, ...]) -> bool:
+    sizes = zip(reversed(x.shape), reversed(expected), strict=False)
+    return x.dim() <= len(expected) and all(have in (1, want) for have, want in sizes)
+
+
 def check_descale(name: str, x: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise unless a scale of e4m3 inputs is float32, of one element or ``expected``, ``(*batch, heads_k)``."""
-    _check_dense(name, x, q)
+    """Raise unless a scale of e4m3 inputs is float32, of one element or broadcasts to ``(*batch, heads_k)``."""
+    check_dense(name, x, q)
     if x.dtype is not torch.float32:
         raise TypeError(f"{name} must be float32, got {dtype_names((x.dtype,))}")
-    if x.numel() != 1 and tuple(x.shape) != expected:
-        raise ValueError(f"{name} must have one element or shape (..., heads_k) = {expected}, got {tuple(x.shape)}")
+    if x.numel() != 1 and not _broadcasts(x, expected):
+        raise ValueError(
+            f"{name} must have one element or broadcast to (..., heads_k) = {expected}, got shape {tuple(x.shape)}"
+        )
 
 
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -90,21 +99,18 @@ _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 def check_integers(name: str, x: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
     """Raise unless ``x`` holds integers and broadcasts to ``expected`` (but not in its last dimension)."""
-    _check_dense(name, x, q)
+    check_dense(name, x, q)
     if x.dtype not in _INTEGERS:
         raise TypeError(
             f"{name} must hold integers ({dtype_names(_INTEGERS)}), got {str(x.dtype).removeprefix('torch.')}"
         )
-    fits = x.dim() <= len(expected) and all(
-        have in (1, want) for have, want in zip(reversed(x.shape), reversed(expected), strict=False)
-    )
-    if not fits or (x.dim() > 1 and x.shape[-1] != expected[-1]):
+    if not _broadcasts(x, expected) or (x.dim() > 1 and x.shape[-1] != expected[-1]):
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def check_cu_seqlens(name: str, x: Tensor, q: Tensor, batch: int | None) -> None:
     """Raise unless ``x`` is int32 ``(batch + 1,)`` on the query's device."""
-    _check_dense(name, x, q)
+    check_dense(name, x, q)
     if x.dtype is not torch.int32:
         raise TypeError(f"{name} must be int32, got {dtype_names((x.dtype,))}")
     if x.dim() != 1 or x.shape[0] == 0 or (batch is not None and x.shape[0] != batch + 1):

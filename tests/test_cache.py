@@ -143,6 +143,7 @@ NEW, PAGES = torch.randn(2, 2, 3, 8), torch.randn(5, 2, 4, 8)
 TABLE, USED, CU = torch.tensor([[0, 1], [2, 9]]).int(), torch.tensor([3, 7]).int(), torch.tensor([0, 5, 12]).int()
 
 ANGLES, IDS = torch.randn(30, 3), torch.tensor([[0] * 9 + [2**32]] * 2)
+TURN = {"cache_seqlens": 1, "rotary_cos": ANGLES, "rotary_sin": ANGLES}
 
 
 def varlen(cu: Any = CU, **options: Any) -> Any:
@@ -155,6 +156,15 @@ def cached(**options: Any) -> Any:
 
 def paged(**options: Any) -> Any:
     return fastattn.attention_with_kv_cache(Q, PAGES, PAGES, **{"block_table": TABLE, "cache_seqlens": USED, **options})
+
+
+def cached_apart(keys: Tensor, values: Tensor, table: Tensor | None = None) -> Any:
+    return fastattn.attention_with_kv_cache(Q, keys, values, NEW, NEW, cache_seqlens=USED, block_table=table)
+
+
+def varlen_pages(keys: Tensor, values: Tensor) -> Any:
+    pages = (x.transpose(1, 2) for x in (keys, values))
+    return fastattn.attention_varlen(ROWS, *pages, CU, seqused_k=USED, block_table=TABLE)
 
 
 def shaped(**options: Any) -> Any:
@@ -185,6 +195,27 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: cached(cache_seqlens=torch.tensor([1.0, 2.0])), TypeError, "cache_seqlens must hold integers"),
     (lambda: cached(rotary_cos=torch.ones(3, 2)), ValueError, "rotary_cos and rotary_sin must both be given"),
     (lambda: cached(rotary_cos=ANGLES, rotary_sin=ANGLES, cache_seqlens=USED + 23), ValueError, r"30 positions"),
+    (lambda: cached_apart(CACHE, CACHE[:1]), ValueError, r"must have the same batch .*value \(1, 2, 10, 8\)"),
+    (lambda: cached_apart(PAGES, PAGES[:4], TABLE), ValueError, "number of pages"),
+    (lambda: varlen_pages(PAGES, PAGES[:4]), ValueError, "number of pages"),
+    (lambda: cached_apart(None, CACHE), TypeError, "key_cache must be a torch.Tensor, got NoneType"),
+    (lambda: cached(cache_seqlens=[3, 5]), TypeError, r"cache_seqlens must be an int or .* got \[3, 5\]"),
+    (lambda: cached(cache_seqlens=3, mask=[True]), TypeError, "mask must be a torch.Tensor, got list"),
+    (lambda: cached(cache_seqlens=3, bias=[0.0]), TypeError, "bias must be a torch.Tensor, got list"),
+    (
+        lambda: cached(cache_seqlens=3, q_segments=IDS[:, :3], k_segments=[0]),
+        TypeError,
+        "k_segments must be .*got list",
+    ),
+    (lambda: cached(key=NEW[0], value=NEW, **TURN), TypeError, r"key must be a torch.Tensor \(batch, .*got \(2, 3, 8"),
+    (lambda: cached(**{**TURN, "rotary_cos": ANGLES.int()}), TypeError, "rotary_cos must be floating, got int32"),
+    (lambda: cached(**{**TURN, "rotary_sin": ANGLES.to("meta")}), ValueError, "rotary_sin must be on the query's dev"),
+    (lambda: cached(rotary_interleaved="no", **TURN), TypeError, "rotary_interleaved must be True or False, got str"),
+    (lambda: fastattn.KVCache("8"), TypeError, "capacity must be an int, got '8'"),
+    (lambda: fastattn.KVCache(0), ValueError, "capacity must be at least 1, got 0"),
+    (lambda: fastattn.PagedKVCache(4, 2.5), TypeError, "page_size must be an int, got 2.5"),
+    (lambda: cached(return_lse="no"), TypeError, "return_lse must be True or False"),
+    (lambda: varlen(return_lse="no"), TypeError, "return_lse must be True or False"),
     (lambda: cached(num_splits=-1), ValueError, "num_splits must be at least 0"),
     (lambda: shaped(softcap=-1.0), ValueError, "softcap must be 0 .*got -1"),
     (lambda: shaped(softcap=torch.nan), ValueError, "softcap must be 0 .*got nan"),

@@ -135,7 +135,7 @@ def test_whatever_is_drawn(case: Case, dtype: torch.dtype) -> None:
         assert_close_to_oracle(value, naive[name], oracle[name], f"{case} {dtype} {name}", sizes.get(name))
 
 
-@pytest.mark.parametrize("hide", ["bias", "window"])
+@pytest.mark.parametrize("hide", ["bias", "window", "wide window"])
 @pytest.mark.parametrize("head_dim", [64, 30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_queries_feel_nothing_unseen(dtype: torch.dtype, head_dim: int, hide: str) -> None:
@@ -148,7 +148,8 @@ def test_few_queries_feel_nothing_unseen(dtype: torch.dtype, head_dim: int, hide
     q, k, v, grad = (torch.randn(1, h, n, head_dim).to(dtype) for h, n in ((6, 2), (2, 600), (2, 600), (6, 2)))
     bias = torch.zeros(2, 600, dtype=dtype)
     bias[0, 590:], bias[1, 100:] = -math.inf, -math.inf  # what query 0 sees, and no more; what query 1 sees
-    options = {"bias": bias} if hide == "bias" else {"window": (488, 1), "offset": 588}
+    hides = {"window": ((488, 1), 588), "wide window": ((700, None), 800)}  # both hide the first 100 keys of 600
+    options = {"bias": bias} if hide == "bias" else dict(zip(("window", "offset"), hides[hide], strict=True))
     dirty = [x.clone() for x in (q, k, v)]
     hidden = slice(590, None) if hide == "bias" else slice(None, 100)
     dirty[0][:, :, 1] = dirty[1][:, :, hidden] = dirty[2][:, :, hidden] = math.nan

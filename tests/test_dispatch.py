@@ -123,8 +123,9 @@ def test_explain_tells_of_any_function_and_writes_nothing(capsys: pytest.Capture
     text = capsys.readouterr().out
     assert "keys 9" in text and "seqused_k" in text and "window (4, 0)" in text and "cpu        RUNS: " in text
     assert not cache.any()
-    fastattn.explain(fastattn.MultiHeadAttention(8, 2, dropout=0.1), Q[0], Q[0], Q[0], need_weights=False)
-    assert "dropout 0.1" in capsys.readouterr().out
+    layer, state = fastattn.MultiHeadAttention(8, 2, dropout=0.1), torch.get_rng_state()
+    fastattn.explain(layer, Q[0], Q[0], Q[0], need_weights=False)
+    assert "dropout 0.1" in capsys.readouterr().out and torch.equal(torch.get_rng_state(), state)
     fastattn.explain(torch.nn.Linear(8, 8), Q)
     assert "no attention call" in capsys.readouterr().out
     with pytest.raises(ValueError, match="room for 9 keys"):
@@ -142,9 +143,35 @@ def test_explain_of_nested_tensors_and_of_caches_that_it_leaves_as_they_were(cap
             fastattn.explain(lambda cache=cache: [cache.attend(Q, Q, Q) for _ in range(2)])
             text = capsys.readouterr().out
             assert text.count("RUNS: ") == 2
+            if filled:
+                paged = isinstance(cache, fastattn.PagedKVCache)
+                change, rows = (cache.free, 0) if paged else (cache.reorder, torch.tensor([0]))
+                bits = [x.view(torch.int32).clone() for x in (cache.key, cache.value)]  # NaN may stand where no key is
+
+                def changed(cache=cache, change=change, rows=rows) -> None:
+                    cache.lengths = cache.lengths - 1
+                    change(rows)
+                    cache.attend(Q, Q, Q)
+
+                fastattn.explain(changed)
+                assert capsys.readouterr().out.count("RUNS: ") == 1
+                now = (x.view(torch.int32) for x in (cache.key, cache.value))
+                assert all(map(torch.equal, now, bits))
             assert all(x is vars(cache)[name] or x == vars(cache)[name] for name, x in before.items())
             if not filled:
                 cache.attend(Q, Q, Q)
+
+
+def test_explain_leaves_other_threads_alone() -> None:
+    cache = fastattn.KVCache(30)
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=cache.attend, args=(Q, Q, Q))
+        thread.start()
+        thread.join()
+
+    fastattn.explain(elsewhere)
+    assert cache.lengths == 5 and cache.key is not None and torch.equal(cache.key[:, :, :5], Q)
 
 
 def test_flops_count_visible_pairs() -> None:

@@ -170,6 +170,11 @@ def test_a_flag_is_checked_after_a_call_that_was_right() -> None:
         with pytest.raises(TypeError, match=f"{flag} must be True or False, got int"):
             function(Q, K, V, **{flag: 1})
 
+    fastattn.attention(Q, K, V, return_lse=True)
+    for function in (fastattn.attention, fastattn.attention_fp8, reference):
+        with pytest.raises(TypeError, match="return_lse must be True or False, got str"):
+            function(Q, K, V, return_lse="no")
+
 
 def test_a_backend_that_is_no_name() -> None:
     for name in (["cpu"], 3):

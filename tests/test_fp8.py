@@ -75,6 +75,12 @@ def test_quantised_tensors_and_their_scales() -> None:
             fastattn.quantize_fp8(wrong, heads=2)
     with pytest.raises(TypeError, match="floating"):
         fastattn.quantize_fp8(torch.zeros(1, 2, 3, 4, dtype=torch.int8))
+    for heads in ("2", 2.0, True):
+        with pytest.raises(TypeError, match="heads must be an int"):
+            fastattn.quantize_fp8(torch.zeros(1, 2, 3, 4), heads=heads)
+    for wrong in (torch.zeros(1, 2, 3, 4).to_sparse(), torch.nested.nested_tensor([torch.zeros(2, 3, 4)])):
+        with pytest.raises(TypeError, match="x must be a dense"):
+            fastattn.quantize_fp8(wrong)
 
 
 def test_scales_broadcast() -> None:
@@ -87,6 +93,13 @@ def test_scales_broadcast() -> None:
     assert torch.equal(
         fastattn.attention_fp8(EIGHT, EIGHT, EIGHT),
         fastattn.attention_fp8(EIGHT, EIGHT, EIGHT, q_descale=one, k_descale=one, v_descale=one),
+    )
+    shared = torch.rand(1, 4)  # of a key and value that the whole batch has in common
+    assert torch.equal(
+        fastattn.attention_fp8(EIGHT, EIGHT[:1], EIGHT[:1], k_descale=shared, v_descale=shared[0]),
+        fastattn.attention_fp8(
+            EIGHT, EIGHT[:1], EIGHT[:1], k_descale=shared.repeat(2, 1), v_descale=shared.repeat(2, 1)
+        ),
     )
     scales = torch.rand(2, 4)
     expected = fastattn.attention_fp8(EIGHT, EIGHT, EIGHT, k_descale=scales)
@@ -115,7 +128,7 @@ def test_empty_and_compiled() -> None:
         ({"query": EIGHT.to(torch.float8_e5m2)}, TypeError, "one dtype of float8_e4m3fn; got query float8_e5m2"),
         ({"q_descale": 0.5}, TypeError, "q_descale must be a torch.Tensor, got float"),
         ({"k_descale": torch.ones(2, 4).half()}, TypeError, "k_descale must be float32, got float16"),
-        ({"v_descale": torch.ones(4)}, ValueError, r"shape \(\.\.\., heads_k\) = \(2, 4\), got \(4,\)"),
+        ({"v_descale": torch.ones(2)}, ValueError, r"broadcast to \(\.\.\., heads_k\) = \(2, 4\), got shape \(2,\)"),
         ({"v_descale": torch.ones(2, 4).requires_grad_()}, RuntimeError, "no gradient, and v_descale requires one"),
         ({"value": EIGHT.clone().requires_grad_()}, RuntimeError, "no gradient, and value requires one"),
         ({"bias": torch.zeros(6, 6, requires_grad=True)}, RuntimeError, "no gradient, and bias requires one"),
@@ -127,9 +140,19 @@ def test_refused(changed: dict[str, Any], error: type[Exception], message: str) 
         fastattn.attention_fp8(**{"query": EIGHT, "key": EIGHT, "value": EIGHT, **changed})
 
 
+def test_operators_refuse_a_gradient() -> None:
+    wants = EIGHT.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"no backend runs this call .*: a gradient of float8_e4m3fn inputs"):
+        torch.ops.fastattn.attention_forward(
+            wants, EIGHT, EIGHT, None, None, [], 0.25, None, None, 0, 0.0, True, False, ""
+        )
+
+
 def test_other_functions_point_here() -> None:
     with pytest.raises(TypeError, match="attention_fp8 takes float8_e4m3fn"):
         fastattn.attention(EIGHT, EIGHT, EIGHT)
+    with pytest.raises(TypeError, match="attention_fp8 takes float8_e4m3fn, dense and uncached"):
+        fastattn.attention_with_kv_cache(EIGHT, EIGHT, EIGHT)
     fastattn.attention_fp8(EIGHT, EIGHT, EIGHT)  # a call like it does not make the other one known
     with pytest.raises(TypeError, match="attention_fp8 takes float8_e4m3fn"):
         fastattn.attention(EIGHT, EIGHT, EIGHT)

@@ -100,11 +100,10 @@ struct Scores {
                e.key_low(i) <= first && e.key_high(i) >= last;
     }
 
-    // Whether some key may be invisible to some query.
+    // Whether some key may be invisible to some query: with a fixed offset any bounded side may hide some.
     bool restricted() const {
         return p.mask.data != nullptr || p.bias.data != nullptr || p.q_segments.data != nullptr ||
-               p.leftpad_k.data != nullptr || p.left < p.seqlen_q + p.seqlen_k || p.right < p.seqlen_q + p.seqlen_k ||
-               (p.relative_offset && p.right < (int64_t(1) << 40));
+               p.leftpad_k.data != nullptr || p.left < (int64_t(1) << 40) || p.right < (int64_t(1) << 40);
     }
 
     // The columns of a tile that rows [row, row + rows) see, by window and mask, widened to multiples of unit.
