@@ -21,17 +21,12 @@ pytest.importorskip("ninja")
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
+from tests.cuda_emulation.backend import EmulatedBackend
 from tests.cuda_emulation.shapes import SHAPES, SIMT_SHAPES
 from tests.cuda_emulation.visibility import EDGES, Edge, check_edge
 
 # Each case runs in one dtype, in turn, and its backward as well.
 DTYPES = {case.name: (torch.float32, torch.bfloat16, torch.float16)[n % 3] for n, case in enumerate(CASES)}
-
-
-@pytest.fixture(scope="session")
-def emulated() -> EmulatedBackend:
-    return emulated_backend()
 
 
 @pytest.fixture(autouse=True)
