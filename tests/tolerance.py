@@ -45,6 +45,15 @@ def assert_close_to_oracle(
     assert error <= limit, f"{name}: error {error:.3e} exceeds {limit:.3e} (naive: {naive_error:.3e})"
 
 
+def assert_rounded_alike(actual: Tensor, expected: Tensor, name: str = "result") -> None:
+    """The rule where ``expected`` is both naive and oracle: ``max|actual - expected| <= 8 eps max|expected|``.
+
+    For one computation done twice, whose sums may be in another order.
+    """
+    assert actual.dtype is expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
+    assert_close_to_oracle(actual, expected, expected.double(), name)
+
+
 def assert_rms_explained(actual: Tensor, rounded: Tensor, oracle: Tensor, name: str = "result") -> None:
     """``rms(actual - oracle) <= 1.1 rms(rounded - oracle) + 8 eps max|oracle|``, eps being float32's: a second rule.
 
