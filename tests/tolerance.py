@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import reference
 
 if TYPE_CHECKING:
-    from tests.cases import Inputs
+    from tests.inputs import Inputs
 
 
 #: For two float64 results of the same mathematics, where there is no better oracle: their sums are of fewer than 1000
