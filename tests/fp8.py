@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
-from tests.cases import Inputs
+from tests.inputs import Inputs
 
 
 @dataclass

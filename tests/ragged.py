@@ -15,7 +15,7 @@ from fastattn.call import Arguments, Shaping, combine_window
 from fastattn.ragged import Ragged, prepare_ragged
 
 if TYPE_CHECKING:
-    from tests.cases import Inputs
+    from tests.inputs import Inputs
 
 
 def pack(x: Tensor, lengths: tuple[int, ...]) -> Tensor:

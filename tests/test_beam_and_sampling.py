@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastattn
 from fastattn import transformer as ft
 from fastattn.transformer.beam import length_penalty_of
+from tests.tolerance import FLOAT64
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_enough_beams_find_the_best_of_all(alpha: float) -> None:
     )  # fmt: skip
     found = [tuple(row[: row.index(eos) + 1] if eos in row else row) for row in beams.tokens[0].tolist()]
     assert found == best
-    torch.testing.assert_close(beams.scores[0], torch.tensor([scored[b] for b in best], dtype=torch.float64))
+    torch.testing.assert_close(beams.scores[0], torch.tensor([scored[b] for b in best], dtype=torch.float64), **FLOAT64)
 
 
 def test_beams_are_distinct_sorted_and_scored_as_the_model_scores_them() -> None:
@@ -154,7 +155,7 @@ def test_beams_cached_uncached_batched_and_alone(side: str) -> None:
     cached = ft.generate_beam(model, **batch, **kwargs)
     uncached = ft.generate_beam(model, **batch, use_cache=False, **kwargs)
     assert torch.equal(cached.tokens, uncached.tokens)
-    torch.testing.assert_close(cached.scores, uncached.scores, rtol=1e-10, atol=0)
+    torch.testing.assert_close(cached.scores, uncached.scores, **FLOAT64)
     for i, (src, prompt) in enumerate(zip(sources, prompts, strict=True)):
         alone = ft.generate_beam(model, prompt, src=src, **kwargs)
         n = alone.tokens.shape[2]

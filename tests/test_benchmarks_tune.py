@@ -63,6 +63,7 @@ def test_a_variant_stands_in_the_tables_place() -> None:
     assert configs.config("sm_90", 16, f, "forward") is table
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 def test_a_rehearsal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole of it, with a candidate that is wrong, but in this process and with few samples."""
 
@@ -84,8 +85,6 @@ def test_a_rehearsal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     monkeypatch.setattr(cuda, "Child", InProcess)
     monkeypatch.setattr(cuda, "_ceilings", lambda device, quick: {"matmul bfloat16": 100.0, "copy": 10.0})
     monkeypatch.setattr("benchmarks.timing.MAX_ROUNDS", 1)
-    if torch.cuda.is_available():
-        pytest.skip("a rehearsal is for machines without a GPU")
     assert tune.run(tmp_path, CPU, True, 600.0, ["tune"]) == 1, "a candidate was wrong"
     said = capsys.readouterr().out
     assert said.count("FAILED: fastattn triton ") == 2 and "A rehearsal" in said

@@ -76,7 +76,9 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         assert job.wait() == 0, job.communicate()[1]
     program = str(tmp_path / "program")
     objects = map(str, tmp_path.glob("*.o"))
-    linked = subprocess.run(["c++", *objects, "-fsanitize=address,undefined", "-pthread", "-o", program], text=True)
+    linked = subprocess.run(
+        ["c++", *objects, "-fsanitize=address,undefined", "-pthread", "-ldl", "-o", program], text=True
+    )
     assert linked.returncode == 0
     # The pool's threads sleep until the process ends, with their scratch memory.
     done = subprocess.run(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch, reference
+from fastattn import reference
 from tests.cases import Case
 from tests.tolerance import assert_close_to_oracle
 
@@ -20,27 +19,13 @@ pytest.importorskip("ninja")
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-from tests.cuda_emulation.backend import EmulatedBackend, emulated_backend
+from tests.cuda_emulation.backend import EmulatedBackend
 from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, packed, spoil_unused_keys
 from tests.cuda_emulation.hopper_cases import case as make_case
 
+pytestmark = pytest.mark.usefixtures("hopper")
+
 DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
-
-
-@pytest.fixture(scope="session")
-def emulated() -> EmulatedBackend:
-    return emulated_backend()
-
-
-@pytest.fixture(autouse=True)
-def hopper(emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    real = dispatch.get_backend
-    monkeypatch.setattr(dispatch, "get_backend", lambda name: emulated if name == "cuda" else real(name))
-    monkeypatch.setenv("FASTATTN_EMULATED_CAPABILITY", "90")
-    emulated.emulator.configure()
-    emulated.emulator.statistics()
-    yield
-    emulated.emulator.configure()
 
 
 def run(case: Case, deterministic: bool) -> dict[str, torch.Tensor]:

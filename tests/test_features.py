@@ -183,12 +183,12 @@ def test_weights_and_statistics() -> None:
     options = {"causal": True, "sinks": i.sinks, **i.shaping}
     out, lse = fastattn.attention(i.q, i.k, i.v, return_lse=True, **options)
     weights = fastattn.attention_weights(i.q, i.k, lse, **options)
-    torch.testing.assert_close(weights @ i.v.repeat_interleave(2, 1), out)
+    torch.testing.assert_close(weights @ i.v.repeat_interleave(2, 1), out, **FLOAT64)
     averaged = fastattn.attention_weights(i.q, i.k, lse, average_heads=True, **options)
-    torch.testing.assert_close(averaged, weights.mean(1))
+    torch.testing.assert_close(averaged, weights.mean(1), **FLOAT64)
     found = fastattn.attention_statistics(i.q, i.k, lse, top_k=3, block=7, **options)
-    torch.testing.assert_close(found.key_mass, weights.sum(2))
-    torch.testing.assert_close(found.top_weights, weights.topk(3)[0])
-    torch.testing.assert_close(weights.gather(-1, found.top_keys), found.top_weights)
+    torch.testing.assert_close(found.key_mass, weights.sum(2), **FLOAT64)
+    torch.testing.assert_close(found.top_weights, weights.topk(3)[0], **FLOAT64)
+    torch.testing.assert_close(weights.gather(-1, found.top_keys), found.top_weights, **FLOAT64)
     with pytest.raises(TypeError, match="does not take dropout_p"):
         fastattn.attention_statistics(i.q, i.k, lse, dropout_p=0.1)

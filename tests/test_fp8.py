@@ -33,19 +33,23 @@ NAMES = (
     "layout_expanded",
     "many",
 )
-INTERPRETED = ("causal_more_queries", "layout_strided")
+INTERPRETED = ("causal_more_queries", "layout_strided")  # enough there: the kernels are those of test_contract.py
+WIDENED = [
+    pytest.param(backend, case, id=f"{backend}-{case.name}")
+    for backend in BACKENDS
+    for case in CASES
+    if backend != "cuda"
+    and case.name in (INTERPRETED if backend == "triton" and device_of(backend) != "cuda" else NAMES)
+]
 EIGHT = torch.randn(2, 4, 6, 16).to(FP8)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in NAMES], ids=lambda c: c.name)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+@pytest.mark.parametrize(("backend", "case"), WIDENED)
 def test_widened(backend: str, case: Case) -> None:
     """The ordinary kernels on what the e4m3 tensors stand for: the weights are in no narrower type than ever."""
     device = device_of(backend)
     if device is None:
         pytest.skip(get_backend(backend).unavailable_reason() or "no device")
-    if backend == "triton" and device == "cpu" and case.name not in INTERPRETED:
-        pytest.skip("interpreted: two cases are enough, the kernels are those of test_contract.py")
     call = Quantised.of(case.make(torch.bfloat16, device))
     actual, naive, oracle = call.run(backend=backend), call.naive(), call.oracle()
     for name, value in actual.items():
@@ -60,7 +64,7 @@ def test_quantised_tensors_and_their_scales() -> None:
     assert eight.dtype is FP8 and eight.shape == x.shape
     assert descale.dtype is torch.float32 and descale.shape == (3, 3)
     largest = x.unflatten(1, (3, 2)).abs().amax((2, 3, 4))
-    torch.testing.assert_close(descale.double(), largest / 448)
+    assert torch.equal(descale, largest.float() / 448)
     unit = descale.double().repeat_interleave(2, 1)[..., None, None]
     error = (eight.double() * unit - x).abs()
     bound = torch.maximum(x.abs() / 16, unit / 1024) * (1 + 2**-20)  # the quotient is rounded to float32 before
@@ -173,8 +177,7 @@ def test_the_table_of_errors_tells_the_kernel_from_the_naive() -> None:
     assert e4m3.cut(torch.tensor([1 + 2**-13, -1 - 2**-14])).tolist() == [1 + 2**-13, -1.0]
     names = ("bfloat16", "widened", "weights", "short", "long", "naive")
     found = dict(zip(names, e4m3.errors(e4m3.KINDS[2], 2048).values(), strict=True))
-    assert found["bfloat16"] < 0.01 and found["weights"] <= found["short"] < found["long"] < found["naive"]
-    assert found["long"] > 1.2 * found["short"] and found["naive"] > 10 * found["short"]
+    assert found["bfloat16"] < found["weights"] <= found["short"] < found["long"] < found["naive"]
     made = e4m3.table((256,))
     assert len(made.headers) == 4 and len(made.rows) == 6
 

@@ -79,11 +79,12 @@ def test_gradient_of_a_float_mask() -> None:
     theirs, ours = pair()
     inputs = make_inputs(ours)
     grads = []
-    for module in (theirs, ours):
-        mask = torch.linspace(-1, 1, L * S).view(L, S).requires_grad_()
-        module(*inputs, attn_mask=mask, need_weights=False)[0].square().sum().backward()
+    for module, dtype in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64)):
+        mask = torch.linspace(-1, 1, L * S).view(L, S).to(dtype).requires_grad_()
+        wide = [x.to(dtype) for x in inputs]
+        module.to(dtype)(*wide, attn_mask=mask, need_weights=False)[0].square().sum().backward()
         grads.append(mask.grad)
-    torch.testing.assert_close(grads[1], grads[0])
+    assert_close_to_oracle(*grads)
 
 
 def test_empty_batch_and_no_keys() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import transformer as ft
+from tests.tolerance import FLOAT64
 
 VOCAB, PAD, MASK = 23, 0, 1
 
@@ -38,8 +39,8 @@ def test_label_smoothing(smoothing: float) -> None:
         if labels[i, j] >= 0
     ]
     expected = torch.stack(terms)
-    torch.testing.assert_close(ft.cross_entropy(logits, labels, smoothing, "sum"), expected.sum())
-    torch.testing.assert_close(ft.cross_entropy(logits, labels, smoothing), expected.mean())
+    torch.testing.assert_close(ft.cross_entropy(logits, labels, smoothing, "sum"), expected.sum(), **FLOAT64)
+    torch.testing.assert_close(ft.cross_entropy(logits, labels, smoothing), expected.mean(), **FLOAT64)
 
 
 def test_smoothed_loss_is_least_at_the_smoothed_distribution() -> None:
@@ -88,8 +89,8 @@ def test_each_token_is_predicted_from_those_before_it(smoothing: float) -> None:
         (expected(causal(tokens)), lambda r: ft.causal_lm_loss(causal, tokens, tokens == PAD, smoothing, r)),
         (expected(seq2seq(src, tokens)), lambda r: ft.seq2seq_loss(seq2seq, src, tokens, smoothing, r)),
     ):
-        torch.testing.assert_close(loss("sum"), terms.sum())
-        torch.testing.assert_close(loss("mean"), terms.mean())
+        torch.testing.assert_close(loss("sum"), terms.sum(), **FLOAT64)
+        torch.testing.assert_close(loss("mean"), terms.mean(), **FLOAT64)
 
 
 def within(observed: float, n: int, p: float) -> bool:
@@ -157,7 +158,7 @@ def test_segments() -> None:
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "segment" not in k})
     positions = ft.sinusoidal_encoding(torch.arange(5), 32, torch.float64)
     expected = math.sqrt(32) * (model.embedding.weight[tokens] + model.embedding.segment_weight[segments]) + positions
-    torch.testing.assert_close(model.embedding(tokens, segments=segments), expected)
+    torch.testing.assert_close(model.embedding(tokens, segments=segments), expected, **FLOAT64)
     assert torch.equal(model(tokens), model(tokens, segments=torch.zeros_like(segments)))
     assert not torch.equal(model(tokens), model(tokens, segments=segments))
     with pytest.raises(ValueError, match="num_segments is 0"):
@@ -176,7 +177,7 @@ def test_classifier_ignores_padding(causal: bool) -> None:
     expected = model(tokens)
     assert expected.shape == (2, 3)
     for padded in ((0, 3), (2, 0)):
-        torch.testing.assert_close(model(nn.functional.pad(tokens, padded)), expected)
+        torch.testing.assert_close(model(nn.functional.pad(tokens, padded)), expected, **FLOAT64)
     # It reads every token: the causal one pools the last, the other one sees all.
     for i in range(4):
         changed = tokens.clone()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import reference
 
 if TYPE_CHECKING:
-    from tests.cases import Inputs
+    from tests.inputs import Inputs
 
 
 #: For two float64 results of the same mathematics, where there is no better oracle: their sums are of fewer than 1000
@@ -43,6 +43,31 @@ def assert_close_to_oracle(
     unit = max(wide.abs().max().item(), 0.0 if size is None else size.max().item())
     limit = 2 * naive_error + 8 * torch.finfo(actual.dtype).eps * unit
     assert error <= limit, f"{name}: error {error:.3e} exceeds {limit:.3e} (naive: {naive_error:.3e})"
+
+
+def assert_rounded_alike(actual: Tensor, expected: Tensor, name: str = "result") -> None:
+    """The rule where ``expected`` is both naive and oracle: ``max|actual - expected| <= 8 eps max|expected|``.
+
+    For one computation done twice, whose sums may be in another order.
+    """
+    assert actual.dtype is expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
+    assert_close_to_oracle(actual, expected, expected.double(), name)
+
+
+def assert_rms_explained(actual: Tensor, rounded: Tensor, oracle: Tensor, name: str = "result") -> None:
+    """``rms(actual - oracle) <= 1.1 rms(rounded - oracle) + 8 eps max|oracle|``, eps being float32's: a second rule.
+
+    For kernels that round an operand on purpose, weights to e4m3, of which ``rounded`` is a model: the first rule's
+    8 eps of a bfloat16 result are 1/16 of its size, and would hide a rounding too many. The kernel rounds the same
+    weights up to its running maximum, so the two errors are samples of one distribution and not equal; the RMS of n of
+    them strays by 1 / sqrt(2 n) of itself, and n is in the hundreds where there are several tiles: 1.1 is two or more
+    of that. Sums are in float32 in both, hence its eps.
+    """
+    finite = oracle.isfinite()
+    wide = oracle.double()[finite]
+    error, model = ((x.double()[finite] - wide).square().mean().sqrt().item() for x in (actual, rounded))
+    limit = 1.1 * model + 8 * torch.finfo(torch.float32).eps * wide.abs().max().item()
+    assert error <= limit, f"{name}: RMS error {error:.3e} exceeds {limit:.3e} (the model's: {model:.3e})"
 
 
 def gradient_sizes(inputs: Inputs, out: Tensor) -> dict[str, Tensor]:
