@@ -11,7 +11,6 @@
 
 #include "check.h"
 #include "cpu/attention.h"
-#include "cpu/threads.h"
 #include "params.h"
 #ifdef FASTATTN_WITH_CUDA
 #include "cuda/attention.h"

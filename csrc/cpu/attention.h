@@ -15,4 +15,7 @@ void attention_backward(const AttentionParams& params);  // writes dq, dk, dv an
 const char* instruction_set();
 std::vector<std::string> instruction_sets();  // all that this processor runs, best first
 
+// For a process that was forked before this library was loaded, from one whose OpenMP may have had threads.
+void leave_openmp();
+
 }  // namespace fastattn::cpu

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "attention.h"
+
 namespace fastattn::cpu {
 namespace {
 

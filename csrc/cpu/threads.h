@@ -12,9 +12,6 @@ namespace fastattn::cpu {
 // it at once.
 void parallel_for(int64_t num_threads, int64_t items, const std::function<void(int64_t)>& body, bool in_order = true);
 
-// For a process that was forked before this library was loaded, from one whose OpenMP may have had threads.
-void leave_openmp();
-
 // What a loop that waits for another thread does in its `spin`th round.
 void wait_a_little(int spin);
 
