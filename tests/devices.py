@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 from fastattn.dispatch import get_backend
@@ -20,3 +21,11 @@ def device_of(backend: str) -> str | None:
     if torch.cuda.is_available():
         return "cuda"
     return "cpu" if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else None
+
+
+def device_or_skip(backend: str) -> str:
+    device = device_of(backend)
+    if device is None:
+        reason = get_backend(backend).unavailable_reason() or "no GPU, and TRITON_INTERPRET=1 is not set"
+        pytest.skip(f"{backend} cannot run here: {reason}")
+    return device

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from devices import BACKENDS, device_of
 from test_generation import NEW, PAD, VOCAB, config, lively, pad, tokens
 from torch import Tensor, nn
 
 import fastattn
 from fastattn import transformer as ft
 from fastattn.transformer.beam import length_penalty_of
+from tests.devices import BACKENDS, device_or_skip
 from tests.tolerance import FLOAT64
 
 
@@ -238,9 +238,7 @@ def test_samples_repeat_end_and_tend_to_greedy() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_generates_the_same(backend: str) -> None:
-    device = device_of(backend)
-    if device is None:
-        pytest.skip(f"{backend} cannot run here")
+    device = device_or_skip(backend)
     interpreted = backend == "triton" and device == "cpu"  # slow
     model: nn.Module = seq2seq(num_encoder_layers=1, num_decoder_layers=1, nhead=1).float().to(device)
     src = pad([tokens(1, 3), tokens(1, 6)], "right").to(device)

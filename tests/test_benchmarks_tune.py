@@ -63,7 +63,9 @@ def test_a_variant_stands_in_the_tables_place() -> None:
     assert configs.config("sm_90", 16, f, "forward") is table
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="rehearsed on the CPU, where Triton is interpreted: not where there is a GPU"
+)
 def test_a_rehearsal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole of it, with a candidate that is wrong, but in this process and with few samples."""
 

@@ -8,7 +8,7 @@ import torch
 import fastattn
 from fastattn.dispatch import get_backend, reasons_against
 from tests.cases import CASES, DTYPES, Case
-from tests.devices import BACKENDS, device_of
+from tests.devices import BACKENDS, device_or_skip
 from tests.tolerance import assert_close_to_oracle
 
 # The interpreter takes seconds where a kernel takes microseconds: it runs each case in one dtype, in turn.
@@ -29,9 +29,7 @@ def poisoned_memory():
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_case(backend: str, case: Case, dtype: torch.dtype) -> None:
-    device = device_of(backend)
-    if device is None:
-        pytest.skip(get_backend(backend).unavailable_reason() or "no device")
+    device = device_or_skip(backend)
     if backend == "triton" and device == "cpu" and dtype is not SLOW_DTYPES[case.name]:
         pytest.skip("interpreted: another dtype runs this case")
     inputs = case.make(dtype, device)

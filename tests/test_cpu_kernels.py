@@ -239,7 +239,6 @@ def test_several_python_threads_at_once(two_threads: None, forked: bool) -> None
         assert child.exitcode == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_process_forked_before_the_first_call() -> None:
     """From one whose torch has run on threads, which the child has not."""
     code = (

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn.dispatch import get_backend
 from fastattn.reference import dropout_keep
-from tests.devices import BACKENDS, device_of
+from tests.devices import BACKENDS, device_or_skip
 from tests.tolerance import assert_rounded_alike
 
 SIGMAS = 4.9
@@ -103,9 +102,7 @@ def test_independence_of_calls() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_kernels_drop_what_the_definition_does(backend: str) -> None:
-    device = device_of(backend)
-    if device is None:
-        pytest.skip(f"{backend} cannot run here: {get_backend(backend).unavailable_reason()}")
+    device = device_or_skip(backend)
     shape, seed = (2, 3, 37, 50), torch.tensor([-(2**61) + 9], device=device)
     q, k = (torch.zeros(2, 3, n, 16, device=device) for n in shape[2:])
     eye = torch.eye(50, device=device).expand(2, 3, 50, 50)

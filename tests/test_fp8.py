@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.dispatch import get_backend
 from tests.cases import CASES, Case
-from tests.devices import BACKENDS, device_of
+from tests.devices import BACKENDS, device_of, device_or_skip
 from tests.fp8 import Quantised
 from tests.tolerance import assert_close_to_oracle
 
@@ -47,9 +46,7 @@ EIGHT = torch.randn(2, 4, 6, 16).to(FP8)
 @pytest.mark.parametrize(("backend", "case"), WIDENED)
 def test_widened(backend: str, case: Case) -> None:
     """The ordinary kernels on what the e4m3 tensors stand for: the weights are in no narrower type than ever."""
-    device = device_of(backend)
-    if device is None:
-        pytest.skip(get_backend(backend).unavailable_reason() or "no device")
+    device = device_or_skip(backend)
     call = Quantised.of(case.make(torch.bfloat16, device))
     actual, naive, oracle = call.run(backend=backend), call.naive(), call.oracle()
     for name, value in actual.items():

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from devices import device_of
 from tolerance import assert_close_to_oracle
+
+from tests.devices import device_or_skip
 
 for library in ("tokenizers", "safetensors", "sacrebleu", "datasets", "matplotlib", "tensorboard"):
     pytest.importorskip(library, reason="pip install 'fastattn[examples]'")
@@ -200,9 +201,7 @@ def test_every_backend_trains_the_same(
     attention: str, prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five steps with dropout: no further from float64 than the naive attention is."""
-    device = device_of(attention) if attention != "auto" else "cpu"
-    if device is None:
-        pytest.skip(f"{attention} cannot run here")
+    device = device_or_skip(attention) if attention != "auto" else "cpu"
     calls: Counter[str] = Counter()
 
     def counted(name: str, forward: Any) -> Any:
