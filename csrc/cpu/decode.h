@@ -28,12 +28,7 @@ public:
         splits_ = std::max<int64_t>(1, count_of(p_.seqlen_k, split_));
         const int64_t heads = p_.batch * p_.heads_k;
         parts_ = scratch<Buffer<C>>().reserve(heads * splits_ * part_size());
-        for_each_part(
-            p_, splits_,
-            [&](int64_t b, int64_t head_k, int64_t split, int64_t index) {
-                part(b, head_k, split, parts_ + index * part_size());
-            },
-            [&](int64_t b, int64_t head_k) { combine(b, head_k); });
+        for_each_part(p_, splits_, [&](auto... at) { part(at...); }, [&](auto... at) { combine(at...); });
     }
 
 private:
@@ -51,8 +46,9 @@ private:
         std::vector<uint8_t> keep;
     };
 
-    void part(int64_t b, int64_t head_k, int64_t split, C* out) const {
+    void part(int64_t b, int64_t head_k, int64_t split, int64_t index) const {
         const Entry e(p_, b);
+        C* out = parts_ + index * part_size();
         Tile& tile = scratch<Tile>();
         const int64_t n = group_ * e.seqlen_q;
         C* top = out + rows() * out_dim();

@@ -22,12 +22,7 @@ public:
     void run() {
         splits_ = std::max<int64_t>(1, count_of(p_.seqlen_k, kSplit));
         parts_ = scratch<Buffer<C>>().reserve(p_.batch * p_.heads_k * splits_ * part_size());
-        for_each_part(
-            p_, splits_,
-            [&](int64_t b, int64_t head_k, int64_t split, int64_t index) {
-                part(b, head_k, split, parts_ + index * part_size());
-            },
-            [&](int64_t b, int64_t head_k) { combine(b, head_k); });
+        for_each_part(p_, splits_, [&](auto... at) { part(at...); }, [&](auto... at) { combine(at...); });
     }
 
 private:
@@ -48,8 +43,9 @@ private:
         alignas(64) uint8_t keep[kBlock];
     };
 
-    void part(int64_t b, int64_t head_k, int64_t split, C* dq) const {
+    void part(int64_t b, int64_t head_k, int64_t split, int64_t index) const {
         const Entry e(p_, b);
+        C* dq = parts_ + index * part_size();
         Tile& tile = scratch<Tile>();
         const int64_t n = group_ * e.seqlen_q;
         std::fill(dq, dq + part_size(), C(0));

@@ -277,6 +277,19 @@ private:
         }
     }
 
+    // S of tile n, then its weights, beside no other product of this warpgroup's.
+    FASTATTN_DEVICE void weigh_alone(float (&s)[kKeys / 2], const TileWork& work, int n, int group, Softmax& softmax,
+                                     Sum& out, KeyRing& keys) const {
+        keys.await();
+        wait_turn(group);
+        multiply_keys(s, group, keys.tile());
+        pass_turn(group);
+        wgmma_wait<0>(s);
+        keys.release();
+        if (n < work.tiles.masked()) hide(s, work.i0 + 64 * group, work.tiles.at(n) * kKeys);
+        softmax.template weigh<true>(s, out.behind);
+    }
+
     FASTATTN_DEVICE void attend(const TileWork& work, int group, Softmax& softmax, Sum& out, KeyRing& keys,
                                 ValueRing& values) const {
         const int i0 = work.i0 + 64 * group, count = work.tiles.count(), masked = work.tiles.masked();
@@ -285,14 +298,7 @@ private:
         float shrink[2] = {1.f, 1.f};
         {
             float s[kKeys / 2];
-            keys.await();
-            wait_turn(group);
-            multiply_keys(s, group, keys.tile());
-            pass_turn(group);
-            wgmma_wait<0>(s);
-            keys.release();
-            if (masked > 0) hide(s, i0, work.tiles.at(0) * kKeys);
-            softmax.template weigh<true>(s, out.behind);
+            weigh_alone(s, work, 0, group, softmax, out, keys);
             if (count > 1) keys.await();
             pack_weights(weights, s);
         }
@@ -317,14 +323,7 @@ private:
             uint32_t weights[kKeys / 32][4];
             {
                 float s[kKeys / 2];
-                keys.await();
-                wait_turn(group);
-                multiply_keys(s, group, keys.tile());
-                pass_turn(group);
-                wgmma_wait<0>(s);
-                keys.release();
-                if (n < work.tiles.masked()) hide(s, work.i0 + 64 * group, work.tiles.at(n) * kKeys);
-                softmax.template weigh<true>(s, out.behind);
+                weigh_alone(s, work, n, group, softmax, out, keys);
                 pack_weights(weights, s);
             }
             values.await();
