@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import checks, ops
+from fastattn.backends.base import Tensors
 from fastattn.call import AttentionOptions, prepare_options, unfold
 from fastattn.spec import FP8
 from fastattn.validate import check_dense, check_descale, check_flag, check_length
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DTYPES = (FP8,)
+_BEFORE_SCALES = Tensors._fields.index("q_descale") - Tensors._fields.index("mask")
 
 
 def quantize_fp8(x: Tensor, heads: int | None = None) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,7 @@ def attention_fp8(
             if checks.enabled():
                 checks.check_positive(name, x)
         rows.append(x)
-    others = [*(arguments.others or [None] * 11), *rows]
+    others = [*(arguments.others or [None] * _BEFORE_SCALES), *rows]
     out, lse = ops.run_forward(*arguments[:5], others, *arguments.call)
     out = unfold(out, query, batch)
     return (out, unfold(lse, query, batch)) if return_lse else out
