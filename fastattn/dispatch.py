@@ -119,11 +119,13 @@ def select(spec: AttentionSpec, backend: str = "", direction: str = "forward") -
         if reasons := reasons_against(chosen, spec):
             raise RuntimeError(f"backend {backend!r} cannot run this call ({spec}): {'; '.join(reasons)}")
         return chosen
+    against = []
     for name in order(spec, direction):
         chosen = taker(name, spec)
         if not (reasons := reasons_against(chosen, spec)):
             return chosen
-    raise RuntimeError(f"no backend runs this call ({spec}): {'; '.join(reasons)}")
+        against.append(f"{name}: {', '.join(reasons)}")
+    raise RuntimeError(f"no backend runs this call ({spec}): {'; '.join(against)}")
 
 
 @contextmanager
