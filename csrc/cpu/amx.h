@@ -3,7 +3,7 @@
 // results are rounded; in the forward pass weights are rounded to bfloat16.
 #pragma once
 
-#include "pack.h"
+#include "bfloat16.h"
 #include "scores.h"
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
@@ -34,25 +34,12 @@ struct AmxMatrix {
     bool pack(const Rows<BFloat16>& x, int64_t first, int layouts) {
         const int64_t last = std::min(first + kPackRows, padded_seq()), wide = depth();
         uint16_t* block = scratch<Buffer<uint16_t>>().reserve(32 * kMaxHeadDim);
-        int non_finite = 0;
+        bool non_finite = false;
         for (int64_t i = first; i < last; i += 32) {
-            for (int64_t r = 0; r < 32; ++r) {
-                uint16_t* row = block + r * wide;
-                const int64_t n = i + r < seq ? dim : 0;
-                if (n > 0) {
-                    const BFloat16* from = x.at(i + r);
-                    if (x.dim == 1) {
-                        std::memcpy(row, from, static_cast<size_t>(n) * 2);
-                    } else {
-                        for (int64_t d = 0; d < n; ++d) row[d] = from[d * x.dim].bits;
-                    }
-                    for (int64_t d = 0; d < n; ++d) non_finite |= (row[d] & 0x7f80) == 0x7f80;
-                }
-                std::fill(row + n, row + wide, uint16_t(0));
-            }
+            non_finite |= read_bfloat16(x, i, 32, seq, dim, wide, block);
             pack_block(block, i, layouts);
         }
-        return non_finite != 0;
+        return non_finite;
     }
 
 private:
@@ -81,12 +68,8 @@ private:
             alignas(64) uint16_t pairs[kTile];
             uint16_t* to = layouts & kPanels ? panels.get() + d * padded_seq() + i * 16 : pairs;
             for (int64_t n = 0; n < 16; ++n) {
-                const auto row = [&](int64_t r) {
-                    const void* from = block + r * wide + d;
-                    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
-                };
-                const __m512i pair = _mm512_or_si512(row(n), _mm512_slli_epi32(row(n + 16), 16));
-                _mm512_storeu_si512(to + n * 32, pair);
+                const uint16_t* row = block + n * wide + d;
+                _mm512_storeu_si512(to + n * 32, pairs_of(row, row + 16 * wide));
             }
             if (layouts & kTransposed) {
                 transpose_square(words(to), 16, words(transposed.get() + i * padded_dim() + d * 32), 16);
@@ -128,7 +111,8 @@ struct AmxProducts {
     static constexpr int64_t kRowBlock = 32, kMostRows = 32, kQueryBlock = 32, kKeyTile = 256, kUnit = 32;
     static constexpr int64_t kKeyRows = 128, kQueryColumns = 256;
     static constexpr int64_t kTile = AmxMatrix::kTile;
-    using Blocks = class AmxBlocks;  // amx_forward.h
+    using Blocks = RoundedBlocks<AmxProducts>;
+    using Left = AmxOperand;
 
     struct Session {
         Session() {
@@ -148,6 +132,18 @@ struct AmxProducts {
     // Where an element of a block of left-hand operands, `width` columns to a row, lies in its tiles.
     static int64_t at(int64_t row, int64_t column, int64_t width) {
         return row / 16 * 16 * width + column / 32 * kTile + row % 16 * 32;
+    }
+
+    // The forward pass's weights, kKeyTile columns to a row, rounded to nearest (what lies between two, away from 0).
+    static int64_t weights_row(int64_t row) { return at(row, 0, kKeyTile); }
+    static Left weights(const uint16_t* data, int64_t column) { return {data + column * 16, kTile, 16 * kKeyTile}; }
+    // Columns [column, column + 32) of the row that begins at `to`.
+    static void put_weights(uint16_t* to, int64_t column, __m512 low, __m512 high) {
+        const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        const __m512i a = _mm512_add_epi32(_mm512_castps_si512(low), half),
+                      b = _mm512_add_epi32(_mm512_castps_si512(high), half);
+        _mm512_store_si512(to + column / 32 * kTile,
+                           _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, upper, 0xf8));
     }
 
     static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,

@@ -11,7 +11,8 @@ namespace fastattn::cpu {
 void attention_forward(const AttentionParams& params);   // writes out, lse
 void attention_backward(const AttentionParams& params);  // writes dq, dk, dv and, where wanted, dbias
 
-// "amx", "avx512", "avx2" or "portable": the best this processor runs, or FASTATTN_CPU_ISA from the environment.
+// "amx", "avx512_bf16", "avx512", "avx2" or "portable": the best this processor runs, or FASTATTN_CPU_ISA from the
+// environment.
 const char* instruction_set();
 std::vector<std::string> instruction_sets();  // all that this processor runs, best first
 

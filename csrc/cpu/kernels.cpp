@@ -5,13 +5,19 @@
 #include "decode_backward.h"
 #include "forward.h"
 #if defined(__AMX_BF16__)
-#include "amx_forward.h"
+#include "amx.h"
+#include "bfloat16_forward.h"
+#elif defined(__AVX512BF16__)
+#include "bfloat16_forward.h"
+#include "pairs.h"
 #endif
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
 #if defined(__AMX_BF16__)
 using BFloat16Products = AmxProducts;
+#elif defined(__AVX512BF16__)
+using BFloat16Products = PairProducts;
 #else
 using BFloat16Products = VectorProducts<BFloat16, float>;
 #endif

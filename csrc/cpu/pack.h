@@ -15,8 +15,8 @@ namespace fastattn::cpu::FASTATTN_CPU_ISA {
 constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kMaxTileColumns = 512;
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-inline int64_t count_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t count_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 // Aligned scratch memory that grows and never shrinks while it lives. Uninitialised.
 template <typename C>

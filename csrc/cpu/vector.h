@@ -7,6 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -32,6 +33,8 @@ struct VectorOf {
 };
 template <typename C>
 using Vector = typename VectorOf<C>::type;
+// Two bfloat16 numbers that are multiplied by two others as one, the first in the lower half.
+using Pair = uint32_t;
 template <typename C>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
 // Columns of a register tile, and so the width of the panels that hold a right-hand operand.

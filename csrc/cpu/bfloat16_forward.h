@@ -1,8 +1,9 @@
-// The blocks of bfloat16's forward pass on AMX: their softmax takes longer than their products. To multiply another
-// block's tiles meanwhile gains nothing on Sapphire Rapids, whose tile unit shares a port with the vector units.
+// The blocks of bfloat16's forward pass where the unit multiplies bfloat16: weights are rounded to it. To multiply
+// another block's tiles during the softmax gains nothing on Sapphire Rapids, whose AMX unit shares a port with the
+// vector units.
 #pragma once
 
-#include "amx.h"
+#include "bfloat16.h"
 #include "softmax.h"
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
@@ -48,11 +49,12 @@ inline __m512 row_maxima(const float* s, int64_t stride, int64_t columns) {
 }
 
 // One tile of queries of one head against its keys, block by block.
-class AmxBlocks {
-    using O = Operands<AmxProducts>;
+template <typename P>
+class RoundedBlocks {
+    using O = Operands<P>;
 
 public:
-    static constexpr int64_t kRows = AmxProducts::kQueryBlock, kColumns = AmxProducts::kKeyTile;
+    static constexpr int64_t kRows = round_up(P::kQueryBlock, 16), kColumns = P::kKeyTile;
 
     // finish(block, s): turns products into scores in place where a block is not plain. keep(block): dropout's choice,
     // kColumns to a row, or null. s and keep begin at the block's row and key.
@@ -62,11 +64,11 @@ public:
         uint16_t* weights = weights_.reserve(kRows * kColumns);
         const int64_t dim = o.v.padded_dim();
         for (const Block& b : blocks) {
-            AmxProducts::scores(o.q, b.row, b.rows, o.k, b.key, b.span.first, b.span.last, s, kColumns);
+            P::scores(o.q, b.row, b.rows, o.k, b.key, b.span.first, b.span.last, s, kColumns);
             if (!b.plain) finish(b, s);
             softmax(o, b, s, keep(b), weights);
-            AmxProducts::accumulate(o.careful, {weights + b.span.first * 16, AmxMatrix::kTile, 16 * kColumns}, b.rows,
-                                    b.span.last - b.span.first, o.v, b.key + b.span.first, o.out + b.row * dim);
+            P::accumulate(o.careful, P::weights(weights, b.span.first), b.rows, b.span.last - b.span.first, o.v,
+                          b.key + b.span.first, o.out + b.row * dim);
         }
     }
 
@@ -80,10 +82,11 @@ private:
         for (int64_t r = 0; r < b.rows; r += 16) {
             const __m512 none = _mm512_set1_ps(-kInfinity<float>);
             float* top = o.top + b.row + r;
+            const __mmask16 there = static_cast<__mmask16>(b.rows - r < 16 ? (1 << (b.rows - r)) - 1 : 0xffff);
             const __m512 highest = row_maxima(s + r * kColumns + b.span.first, kColumns, b.span.last - b.span.first);
-            const __m512 before = _mm512_loadu_ps(top);
+            const __m512 before = _mm512_maskz_loadu_ps(there, top);
             const __m512 after = _mm512_max_ps(_mm512_mul_ps(highest, _mm512_set1_ps(scale)), before);
-            _mm512_storeu_ps(top, after);
+            _mm512_mask_storeu_ps(top, there, after);
             // Nothing seen yet: 0 in place of -inf, so that -inf - top is -inf, and a NaN stays one.
             const __m512 from = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(after, none, _CMP_NEQ_UQ), after);
             _mm512_store_ps(base + r, from);
@@ -94,25 +97,24 @@ private:
             sum *= splat(rescale[r]);
             if (rescale[r] != 1) scale_row(o.out + (b.row + r) * dim, rescale[r], dim);
             const float* row = s + r * kColumns;
-            uint16_t* to = weights + AmxProducts::at(r, 0, kColumns);
+            uint16_t* to = weights + P::weights_row(r);
             const uint8_t* row_keep = keep == nullptr ? nullptr : keep + r * kColumns;
             sum += b.plain ? weigh<true>(row, b.span, scale, base[r], row_keep, to)
                            : weigh<false>(row, b.span, scale, base[r], row_keep, to);
         }
     }
 
-    // Weights exp(scale · s - base) of a row as left-hand tiles of bfloat16, rounded to nearest; returns their sum in
-    // lanes. log2(e) is folded into the scale of plain rows; beside a bias of finfo.min it would overflow.
+    // Weights exp(scale · s - base) of a row as left-hand operand, rounded to bfloat16; returns their sum in lanes.
+    // log2(e) is folded into the scale of plain rows; beside a bias of finfo.min it would overflow.
     template <bool plain>
     static Vector<float> weigh(const float* s, const Span& span, float scale, float base, const uint8_t* keep,
                                uint16_t* to) {
         const float log2e = static_cast<float>(kLog2E);
         const __m512 factor = _mm512_set1_ps(plain ? scale * log2e : log2e),
                      minus = _mm512_set1_ps(plain ? base * log2e : base);
-        const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
         __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int64_t c = span.first; c < span.last; c += 32) {
-            __m512i w[2];
+            __m512 w[2];
 #pragma GCC unroll 2
             for (int u = 0; u < 2; ++u) {
                 const __m512 x = _mm512_load_ps(s + c + 16 * u);
@@ -120,10 +122,9 @@ private:
                                                    : _mm512_mul_ps(_mm512_sub_ps(x, minus), factor));
                 total[u] = _mm512_add_ps(total[u], e);
                 if (keep != nullptr) e = (__m512)kept_only<float>((Vector<float>)e, keep + c + 16 * u);
-                w[u] = _mm512_add_epi32(_mm512_castps_si512(e), half);
+                w[u] = e;
             }
-            const __m512i pair = _mm512_ternarylogic_epi32(_mm512_srli_epi32(w[0], 16), w[1], upper, 0xf8);
-            _mm512_store_si512(to + c / 32 * AmxMatrix::kTile, pair);
+            P::put_weights(to, c, w[0], w[1]);
         }
         return (Vector<float>)_mm512_add_ps(total[0], total[1]);
     }
