@@ -48,6 +48,14 @@ def test_contract_with_a_lower_instruction_set(isa: str) -> None:
     assert " passed" in done.stdout
 
 
+def test_vdpbf16ps_is_chosen_where_it_is_fast() -> None:
+    """Twice the rate of a multiply-add on AMD's processors, half of it on Intel's."""
+    if not {"avx512", "avx512_bf16"} <= set(INSTRUCTION_SETS):
+        pytest.skip("this processor or compiler has no avx512_bf16")
+    amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    assert (INSTRUCTION_SETS.index("avx512_bf16") < INSTRUCTION_SETS.index("avx512")) == amd
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     done = python("-c", "from fastattn import _C; _C.cpu_instruction_set()", FASTATTN_CPU_ISA="avx9")
     assert "FASTATTN_CPU_ISA is 'avx9'; this processor has: " in done.stderr

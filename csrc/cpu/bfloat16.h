@@ -33,6 +33,24 @@ inline __m512i pairs_of(const uint16_t* low, const uint16_t* high) {
     return _mm512_or_si512(wide(low), _mm512_slli_epi32(wide(high), 16));
 }
 
+// The upper and the lower half of the bits of `low` and `high`, each pair in one word.
+struct SplitPair {
+    __m512i upper, lower;
+
+    SplitPair(Vector<float> low, Vector<float> high) {
+        const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        const auto join = [&](__m512i a, __m512i b) {
+            return _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, mask, 0xf8);  // a | (b & mask)
+        };
+        const auto rest = [&](__m512 x, __m512i bits) {
+            return _mm512_castps_si512(_mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(bits, mask))));
+        };
+        const __m512i a = _mm512_castps_si512((__m512)low), b = _mm512_castps_si512((__m512)high);
+        upper = join(a, b);
+        lower = join(rest((__m512)low, a), rest((__m512)high, b));
+    }
+};
+
 template <typename P>
 class RoundedBlocks;  // bfloat16_forward.h
 

@@ -7,7 +7,7 @@
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {
 
-// P: the products, VectorProducts or AmxProducts.
+// P: the products, VectorProducts, PairProducts or AmxProducts.
 template <typename P>
 class Forward {
     using T = typename P::T;

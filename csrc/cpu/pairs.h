@@ -1,6 +1,6 @@
 // The products of bfloat16 attention by vdpbf16ps: each lane adds the products of two pairs to a float. In the forward
-// pass weights are rounded to bfloat16, in the backward pass P and dS. Where a NaN or inf must not be felt, the lanes
-// of products are computed one by one.
+// pass weights are rounded to bfloat16; in the backward pass P and, for dK, dS; for dQ it enters as two such numbers.
+// Where a NaN or inf must not be felt, the lanes of products are computed one by one.
 #pragma once
 
 #include "bfloat16.h"
@@ -82,9 +82,9 @@ struct PairProducts {
     using C = float;
     using Matrix = PairMatrix;
     using Left = cpu::FASTATTN_CPU_ISA::Left<Pair>;
-    static constexpr int64_t kQueryBlock = 24, kKeyTile = 256;
+    static constexpr int64_t kQueryBlock = 48, kKeyTile = 256;
     static constexpr int64_t kUnit = PairMatrix::kUnit;
-    static constexpr int64_t kRowBlock = 24, kKeyRows = 96, kMostRows = 96, kQueryColumns = 64;
+    static constexpr int64_t kRowBlock = 24, kKeyRows = 96, kMostRows = 48, kQueryColumns = 256;
     using Blocks = RoundedBlocks<PairProducts>;
 
     struct Session {};
@@ -131,12 +131,12 @@ struct PairProducts {
         static constexpr int kRows = 2, kVectors = 2, kRowStep = 1;
         static constexpr int64_t kWidth = kQueryColumns / 2;  // pairs of queries
         Buffer<C> s_data, dp_data;
-        Buffer<Pair> p, ds;       // of a block: (keys, queries / 2)
-        Buffer<Pair> transposed;  // dS of the tile in pairs of keys: (keys / 2, queries)
+        Buffer<Pair> p, ds;          // of a block: (keys, queries / 2)
+        Buffer<Pair> transposed[2];  // dS of the tile in pairs of keys, (keys / 2, queries): upper and lower halves
         void reserve() {
             s_data.reserve(kMostRows * kQueryColumns), dp_data.reserve(kMostRows * kQueryColumns);
             p.reserve(kMostRows * kWidth), ds.reserve(kMostRows * kWidth);
-            transposed.reserve(kKeyRows / 2 * kQueryColumns);
+            for (auto& half : transposed) half.reserve(kKeyRows / 2 * kQueryColumns);
         }
         C* s() const { return s_data.get(); }
         C* dp(int64_t) const { return dp_data.get(); }
@@ -145,31 +145,25 @@ struct PairProducts {
             const auto round = [](const Vector<C>* x) {
                 return (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
             };
-            __m512i rounded[2];
             for (int a = 0; a < 2; ++a) {
                 const int64_t at = (row + a) * kWidth + column / 2;
-                rounded[a] = round(ds_[a]);
                 _mm512_store_si512(p.get() + at, round(p_[a]));
-                _mm512_store_si512(ds.get() + at, rounded[a]);
+                _mm512_store_si512(ds.get() + at, round(ds_[a]));
             }
             for (int u = 0; u < 2; ++u) {
-                const __m512i from = _mm512_add_epi16(first_pairs(), _mm512_set1_epi16(static_cast<int16_t>(16 * u)));
-                _mm512_store_si512(transposed.get() + (block + row) / 2 * kQueryColumns + column + 16 * u,
-                                   _mm512_permutex2var_epi16(rounded[0], from, rounded[1]));
+                const SplitPair pair(ds_[0][u], ds_[1][u]);
+                const int64_t at = (block + row) / 2 * kQueryColumns + column + 16 * u;
+                _mm512_store_si512(transposed[0].get() + at, pair.upper);
+                _mm512_store_si512(transposed[1].get() + at, pair.lower);
             }
-        }
-        // 0, 32, 1, 33, ..., 15, 47: the first 16 elements of two vectors, each with its counterpart.
-        static __m512i first_pairs() {
-            alignas(64) static constexpr int16_t kFrom[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                              37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                              11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-            return _mm512_load_si512(kFrom);
         }
         void clear(int64_t block, int64_t rows, int64_t c0, int64_t c1) {
             if (c0 >= c1) return;
             for (int64_t r = block; r < block + rows; r += 2) {
-                Pair* row = transposed.get() + r / 2 * kQueryColumns;
-                std::fill(row + c0, row + c1, Pair(0));
+                for (auto& half : transposed) {
+                    Pair* row = half.get() + r / 2 * kQueryColumns;
+                    std::fill(row + c0, row + c1, Pair(0));
+                }
             }
         }
         void add_dv(bool careful, int64_t rows, int64_t c0, int64_t c1, const Matrix& dout, int64_t first,
@@ -182,8 +176,10 @@ struct PairProducts {
         }
         void add_dq(bool careful, int64_t keys, int64_t c0, int64_t c1, const Matrix& k, int64_t key, int64_t first,
                     C* dq) const {
-            accumulate(careful, {transposed.get() + c0, 1, kQueryColumns}, c1 - c0, round_up(keys, 2), k, key,
-                       dq + (first + c0) * k.padded_dim());
+            for (const auto& half : transposed) {
+                accumulate(careful, {half.get() + c0, 1, kQueryColumns}, c1 - c0, round_up(keys, 2), k, key,
+                           dq + (first + c0) * k.padded_dim());
+            }
         }
     };
     static int64_t dq_size(int64_t seqlen_q, int64_t dim) {

@@ -1,8 +1,11 @@
-// The stated error bounds of exp and tanh in one instruction set (FASTATTN_CPU_ISA).
+// The stated error bounds of exp, exp2_for_bfloat16 and tanh in one instruction set (FASTATTN_CPU_ISA).
 #include <cstdio>
 #include <cstdlib>
 
 #include "cpu/vector.h"
+#if defined(__AVX512BF16__)
+#include "cpu/bfloat16_forward.h"
+#endif
 
 namespace {
 
@@ -28,9 +31,27 @@ void check_functions(double exp_bound, double tanh_bound) {
     if (kernels::exp_of<C>(-inf) != 0 || !std::isnan(kernels::exp_of<C>(std::nan("")))) fail("exp of -inf, NaN", 0);
 }
 
+#if defined(__AVX512BF16__)
+void check_exp2_for_bfloat16() {
+    const auto exp2 = [](float x) { return _mm512_cvtss_f32(kernels::exp2_for_bfloat16(_mm512_set1_ps(x))); };
+    for (double x = -126; x < 0.5; x += 0.000917) {
+        const float argument = static_cast<float>(x);
+        const double error = std::fabs(exp2(argument) / std::exp2(static_cast<double>(argument)) - 1);
+        if (!(error <= 0x1p-18)) fail("exp2_for_bfloat16's relative error", error);
+    }
+    const float inf = kernels::kInfinity<float>;
+    if (exp2(-inf) != 0 || exp2(-127) != 0 || !std::isnan(exp2(std::nanf("")))) {
+        fail("exp2_for_bfloat16 of -inf, -127, NaN", 0);
+    }
+}
+#endif
+
 }  // namespace
 
 int main() {
+#if defined(__AVX512BF16__)
+    check_exp2_for_bfloat16();
+#endif
     check_functions<float>(0x1p-22, 0x1p-21);
     check_functions<double>(0x1p-51, 0x1p-50);
     std::printf("within bounds\n");
