@@ -188,6 +188,19 @@ struct Operand {
     }
 };
 
+// s (rows x [c0, c1)) = left (rows x depth) · Yᵀ, columns counted from Y's row `first`, at s + column; y: Y's
+// `columns`.
+template <typename E, typename C>
+inline void multiply_columns(int64_t rows, Left<E> left, const E* y, int64_t padded_seq, int64_t depth, int64_t first,
+                             int64_t c0, int64_t c1, C* s, int64_t s_stride) {
+    for (int64_t c = c0; c < c1;) {
+        const int64_t panel = Operand<E>::panel_of(first + c), w = Operand<E>::width(panel, padded_seq);
+        const int64_t end = std::min(c1, panel + w - first);
+        multiply<E, false>(rows, left, y + panel * depth + (first + c - panel), w, depth, s + c, s_stride, end - c);
+        c = end;
+    }
+}
+
 template <typename P>
 class BlocksInTurn;  // softmax.h
 
@@ -211,15 +224,8 @@ struct VectorProducts {
     // s (rows x [c0, c1)) = X[row .. row + rows) · Yᵀ, columns counted from Y's row `first`, at s + column.
     static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,
                        int64_t c1, C* s, int64_t s_stride) {
-        const int64_t padded = y.padded_seq();
-        for (int64_t c = c0; c < c1;) {
-            const int64_t panel = Matrix::panel_of(first + c), w = Matrix::width(panel, padded);
-            const int64_t end = std::min(c1, panel + w - first);
-            multiply<C, false>(rows, {x.rows.get() + row * x.dim, x.dim, 1},
-                               y.columns.get() + panel * y.dim + (first + c - panel), w, y.dim, s + c, s_stride,
-                               end - c);
-            c = end;
-        }
+        multiply_columns<C>(rows, {x.rows.get() + row * x.dim, x.dim, 1}, y.columns.get(), y.padded_seq(), y.dim, first,
+                            c0, c1, s, s_stride);
     }
 
     // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth).

@@ -91,15 +91,9 @@ struct PairProducts {
 
     static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,
                        int64_t c1, C* s, int64_t s_stride) {
-        const int64_t depth = x.depth(), padded = y.padded_seq();
-        for (int64_t c = c0; c < c1;) {
-            const int64_t panel = Operand<Pair>::panel_of(first + c), width = Operand<Pair>::width(panel, padded);
-            const int64_t end = std::min(c1, panel + width - first);
-            multiply<Pair, false>(rows, {x.rows.get() + row * depth, depth, 1},
-                                  y.columns.get() + panel * depth + (first + c - panel), width, depth, s + c, s_stride,
-                                  end - c);
-            c = end;
-        }
+        const int64_t depth = x.depth();
+        multiply_columns<Pair>(rows, {x.rows.get() + row * depth, depth, 1}, y.columns.get(), y.padded_seq(), depth,
+                               first, c0, c1, s, s_stride);
     }
 
     // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth); depth and first are even.
