@@ -22,12 +22,12 @@ public:
             keys.k.reserve(entry.seqlen_k, p_.head_dim_qk, kColumns);
             keys.v.reserve(entry.seqlen_k, p_.head_dim_v, kPanels);
             keys.careful = false;
+            const Rows<T> k = key_rows<T>(p_, p_.k, entry, head_k), v = key_rows<T>(p_, p_.v, entry, head_k);
+            const int layouts = unread(keys.v, v, kPanels);
             run(count_of(entry.seqlen_k, kPackRows), [&](int64_t item) {
-                keys.k.pack(key_rows<T>(p_, p_.k, entry, head_k), item * kPackRows, kColumns);
-                if (keys.v.pack(key_rows<T>(p_, p_.v, entry, head_k), item * kPackRows, kPanels) &&
-                    scores_.restricted()) {
-                    keys.careful = true;
-                }
+                keys.k.pack(k, item * kPackRows, kColumns);
+                if (layouts == 0 && !scores_.restricted()) return;
+                if (keys.v.pack(v, item * kPackRows, layouts) && scores_.restricted()) keys.careful = true;
             });
             fetch_head(b * p_.heads_k + head_k + 1);
             const int64_t tiles = count_of(entry.seqlen_q, kQueryTile), group = p_.heads_q / p_.heads_k;
@@ -40,6 +40,9 @@ public:
 
 private:
     static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = 128;
+    // Rows of a block that see different keys: the fewer, the less is computed in vain.
+    static constexpr int64_t kPartRows =
+        std::is_same_v<typename P::Matrix, Operand<C>> ? 2 * kTileRows : P::kQueryBlock;
     static_assert(kQueryTile % P::kQueryBlock == 0 && kKeyTile <= kMaxTileColumns, "tiles hold whole blocks");
 
     struct Keys {
@@ -54,6 +57,13 @@ private:
         std::vector<uint8_t> keep;
         typename P::Blocks pipeline;
     };
+
+    // The layouts in which x has to be packed: those in which products cannot read it where it lies.
+    template <typename M>
+    static int unread(M& operand, const Rows<T>& x, int layouts) {
+        if constexpr (std::is_same_v<M, Operand<C>>) return operand.read_in_place(x, layouts);
+        return layouts;
+    }
 
     // Asks for the next head's rows while this one is computed: small heads end before hardware has seen a pattern.
     void fetch_head(int64_t index) const {
@@ -75,13 +85,22 @@ private:
         }
     }
 
+    // Whether the window leaves more units of keys [j, end) to some of the queries [i, i + rows) than to others.
+    static bool uneven(const Entry& e, int64_t i, int64_t rows, int64_t j, int64_t end) {
+        const int64_t last = i + rows - 1;
+        const auto unit = [&](int64_t key) { return std::clamp(key, j, end) / P::kUnit; };
+        return unit(e.key_low(i)) != unit(e.key_low(last)) || unit(e.key_high(i) - 1) != unit(e.key_high(last) - 1);
+    }
+
     void query_tile(const Entry& e, int64_t h, int64_t first, const Keys& keys, Tile& tile) {
         [[maybe_unused]] const typename P::Session session;
         const int64_t rows = std::min(kQueryTile, e.seqlen_q - first), out_dim = keys.v.padded_dim();
         Rows<T> q = query_rows<T>(p_.q, e, h);
         q.data += first * q.row;
         tile.q.reserve(rows, p_.head_dim_qk, kRows);
-        for (int64_t r = 0; r < rows; r += kPackRows) tile.q.pack(q, r, kRows);
+        if (unread(tile.q, q, kRows) != 0) {
+            for (int64_t r = 0; r < rows; r += kPackRows) tile.q.pack(q, r, kRows);
+        }
         C* out = tile.out.reserve(kQueryTile * out_dim);
         std::fill(out, out + rows * out_dim, C(0));
         tile.totals.start(rows, sink_of<C>(p_, h));
@@ -90,10 +109,12 @@ private:
         tile.blocks.clear();
         for (int64_t j = e.key_low(first) / kKeyTile * kKeyTile; j < end; j += kKeyTile) {
             const int64_t j_end = std::min(j + kKeyTile, e.seqlen_k);
-            for (int64_t r = 0; r < rows; r += P::kQueryBlock) {
-                const int64_t block_rows = std::min(P::kQueryBlock, rows - r);
-                const Span span = scores_.template span<false>(e, h, first + r, block_rows, j, j_end, P::kUnit);
-                if (!span.empty()) tile.blocks.push_back({r, block_rows, j, span, span.whole && scores_.plain()});
+            for (int64_t r = 0, n; r < rows; r += n) {
+                n = std::min(
+                    uneven(e, first + r, std::min(P::kQueryBlock, rows - r), j, j_end) ? kPartRows : P::kQueryBlock,
+                    rows - r);
+                const Span span = scores_.template span<false>(e, h, first + r, n, j, j_end, P::kUnit);
+                if (!span.empty()) tile.blocks.push_back({r, n, j, span, span.whole && scores_.plain()});
             }
         }
         const Operands<P> operands{tile.q,        keys.k, keys.v,          keys.careful,

@@ -1,8 +1,8 @@
-// The stated error bounds of exp and tanh in one instruction set (FASTATTN_CPU_ISA).
+// The stated error bounds of exp, tanh and the weights of a softmax in one instruction set (FASTATTN_CPU_ISA).
 #include <cstdio>
 #include <cstdlib>
 
-#include "cpu/vector.h"
+#include "cpu/softmax.h"
 
 namespace {
 
@@ -14,24 +14,33 @@ namespace kernels = fastattn::cpu::FASTATTN_CPU_ISA;
 }
 
 template <typename C>
-void check_functions(double exp_bound, double tanh_bound) {
+void check_functions(double exp_bound, double tanh_bound, double weight_slope) {
     for (double x = -80; x < 0.5; x += 0.000917) {
         const C argument = static_cast<C>(x);
         const double wide = static_cast<double>(argument), truth = std::exp(wide);
         const double error = std::fabs(static_cast<double>(kernels::exp_of<C>(argument)) / truth - 1);
         if (!(error <= exp_bound)) fail("exp's relative error", error);
+        const double weight = static_cast<double>(kernels::weight_of<C>(kernels::splat(argument))[0]);
+        const double bound = exp_bound + weight_slope * std::fabs(wide);
+        if (!(std::fabs(weight / truth - 1) <= bound)) fail("a weight's relative error", weight / truth - 1);
+        if (!(std::fabs(weight - truth) <= exp_bound * std::fmax(truth, 1))) fail("a weight's error", weight - truth);
         const double t = std::tanh(wide / 16),
                      got = static_cast<double>(kernels::tanh<C>(kernels::splat<C>(static_cast<C>(wide / 16)))[0]);
         if (!(std::fabs(got - t) <= tanh_bound * std::fabs(t))) fail("tanh's relative error", std::fabs(got / t - 1));
     }
     constexpr C inf = kernels::kInfinity<C>;
+    for (const C x : {-inf, C(-1e30), C(std::nan(""))}) {
+        const C weight = kernels::weight_of<C>(kernels::splat(x))[0];
+        if (!(std::isnan(x) ? std::isnan(weight) : weight == 0)) fail("the weight of -inf, -1e30 or NaN", weight);
+    }
+    if (kernels::weight_of<C>(kernels::Vector<C>{})[0] != 1) fail("the weight of 0", 0);
     if (kernels::exp_of<C>(-inf) != 0 || !std::isnan(kernels::exp_of<C>(std::nan("")))) fail("exp of -inf, NaN", 0);
 }
 
 }  // namespace
 
 int main() {
-    check_functions<float>(0x1p-22, 0x1p-21);
-    check_functions<double>(0x1p-51, 0x1p-50);
+    check_functions<float>(0x1p-22, 0x1p-21, 0x1p-23);
+    check_functions<double>(0x1p-51, 0x1p-50, 0);
     std::printf("within bounds\n");
 }
