@@ -29,20 +29,21 @@ public:
                 if (layouts == 0 && !scores_.restricted()) return;
                 if (keys.v.pack(v, item * kPackRows, layouts) && scores_.restricted()) keys.careful = true;
             });
-            fetch_head(b * p_.heads_k + head_k + 1);
+            fetch_head(b * p_.heads_k + head_k + 1, scratch<Tile>().ahead);
             const int64_t tiles = count_of(entry.seqlen_q, kQueryTile), group = p_.heads_q / p_.heads_k;
             run(tiles * group, [&](int64_t item) {
                 const int64_t tile = tiles - 1 - item / group;  // causal: the longest first
                 query_tile(entry, head_k * group + item % group, tile * kQueryTile, keys, scratch<Tile>());
             });
+            scratch<Tile>().ahead.ask_for_the_rest();
         });
     }
 
 private:
-    static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = 128;
+    static constexpr bool kVectors = std::is_same_v<typename P::Matrix, Operand<C>>;
+    static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = kVectors ? 256 : 128;
     // Rows of a block that see different keys: the fewer, the less is computed in vain.
-    static constexpr int64_t kPartRows =
-        std::is_same_v<typename P::Matrix, Operand<C>> ? 2 * kTileRows : P::kQueryBlock;
+    static constexpr int64_t kPartRows = kVectors ? 2 * kTileRows : P::kQueryBlock;
     static_assert(kQueryTile % P::kQueryBlock == 0 && kKeyTile <= kMaxTileColumns, "tiles hold whole blocks");
 
     struct Keys {
@@ -56,33 +57,33 @@ private:
         std::vector<Block> blocks;
         std::vector<uint8_t> keep;
         typename P::Blocks pipeline;
+        Ahead ahead;
     };
 
     // The layouts in which x has to be packed: those in which products cannot read it where it lies.
     template <typename M>
     static int unread(M& operand, const Rows<T>& x, int layouts) {
-        if constexpr (std::is_same_v<M, Operand<C>>) return operand.read_in_place(x, layouts);
+        if constexpr (kVectors) return operand.read_in_place(x, layouts);
         return layouts;
     }
 
-    // Asks for the next head's rows while this one is computed: small heads end before hardware has seen a pattern.
-    void fetch_head(int64_t index) const {
+    // Lets products ask for the next head's rows: small heads end before hardware has seen a pattern.
+    void fetch_head(int64_t index, Ahead& ahead) const {
         const int64_t b = index / p_.heads_k, head_k = index % p_.heads_k, group = p_.heads_q / p_.heads_k;
         if (b >= p_.batch || p_.seqlen_q > kFetchRows || p_.seqlen_k > kFetchRows || p_.page_size != 0) return;
         const Entry e(p_, b);
-        const auto fetch = [](const Rows<T>& x, int64_t rows, int64_t dim) {
+        const auto fetch = [&](const Rows<T>& x, int64_t rows, int64_t dim) {
+            const int64_t bytes = dim * int64_t(sizeof(T));
             if (x.dim != 1) return;
-            for (int64_t i = 0; i < rows; ++i) {
-                const char* row = reinterpret_cast<const char*>(x.at(i));
-                for (int64_t at = 0; at < dim * int64_t(sizeof(T)); at += 64) __builtin_prefetch(row + at, 0, 2);
-            }
+            if (kVectors && x.row == dim) return ahead.add(x.data, rows * bytes);
+            for (int64_t i = 0; i < rows; ++i) Ahead::ask(x.at(i), bytes);
         };
-        fetch(key_rows<T>(p_, p_.k, e, head_k), e.seqlen_k, p_.head_dim_qk);
-        fetch(key_rows<T>(p_, p_.v, e, head_k), e.seqlen_k, p_.head_dim_v);
-        for (int64_t g = 0; g < group; ++g) {
-            fetch(query_rows<T>(p_.q, e, head_k * group + g), e.seqlen_q, p_.head_dim_qk);
+        for (int64_t g = group - 1; g >= 0; --g) {  // what is needed first is added last
             fetch(query_rows<T>(p_.out, e, head_k * group + g), e.seqlen_q, p_.head_dim_v);
+            fetch(query_rows<T>(p_.q, e, head_k * group + g), e.seqlen_q, p_.head_dim_qk);
         }
+        fetch(key_rows<T>(p_, p_.v, e, head_k), e.seqlen_k, p_.head_dim_v);
+        fetch(key_rows<T>(p_, p_.k, e, head_k), e.seqlen_k, p_.head_dim_qk);
     }
 
     // Whether the window leaves more units of keys [j, end) to some of the queries [i, i + rows) than to others.
@@ -117,8 +118,8 @@ private:
                 if (!span.empty()) tile.blocks.push_back({r, n, j, span, span.whole && scores_.plain()});
             }
         }
-        const Operands<P> operands{tile.q,        keys.k, keys.v,          keys.careful,
-                                   scores_.scale, out,    tile.totals.top, tile.totals.sum};
+        const Operands<P> operands{tile.q, keys.k,          keys.v,          keys.careful, scores_.scale,
+                                   out,    tile.totals.top, tile.totals.sum, &tile.ahead};
         const auto finish_scores = [&](const Block& b, C* s) {
             for (int64_t i = 0; i < b.rows; ++i) {
                 scores_.template finish_row<false>(s + i * kKeyTile + b.span.first, e, h, first + b.row + i,

@@ -223,21 +223,21 @@ struct VectorProducts {
 
     // s (rows x [c0, c1)) = X[row .. row + rows) · Yᵀ, columns counted from Y's row `first`, at s + column.
     static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,
-                       int64_t c1, C* s, int64_t s_stride) {
+                       int64_t c1, C* s, int64_t s_stride, Ahead* ahead = nullptr) {
         const int64_t padded = y.padded_seq();
         for (int64_t c = c0; c < c1;) {
             const int64_t panel = Matrix::panel_of(first + c), w = Matrix::width(panel, padded);
             const int64_t end = std::min(c1, panel + w - first);
             multiply<C, false>(rows, {x.row_data + row * x.dim, x.dim, 1},
                                y.columns.get() + panel * y.dim + (first + c - panel), w, y.dim, s + c, s_stride,
-                               end - c);
+                               end - c, ahead);
             c = end;
         }
     }
 
     // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth).
     static void accumulate(bool careful, int64_t rows, Left<C> left, const Matrix& y, int64_t first, int64_t depth,
-                           C* sum) {
+                           C* sum, Ahead* ahead = nullptr) {
         const int64_t dim = y.padded_dim();
         for (int64_t d = 0; d < dim; d += kPanel<C>) {
             const int64_t w = Matrix::width(d, dim);
@@ -245,7 +245,7 @@ struct VectorProducts {
             if (careful) {
                 multiply_nonzero<C>(rows, left, panel, w, depth, sum + d, dim, w);
             } else {
-                multiply<C, true>(rows, left, panel, w, depth, sum + d, dim, w);
+                multiply<C, true>(rows, left, panel, w, depth, sum + d, dim, w, ahead);
             }
         }
     }

@@ -73,6 +73,7 @@ struct Operands {
     C* out;          // (rows, padded dim of v), 0 at first
     C* top;          // each row's largest score so far
     Vector<C>* sum;  // of each row's weights, in lanes
+    Ahead* ahead;    // what products may ask for meanwhile
 };
 
 // e^x for a weight, x <= 0 being a score less its row's largest. x log2(e) is rounded and becomes n + f; 2^f is the
@@ -127,12 +128,12 @@ public:
         C* s = s_.reserve(P::kQueryBlock * P::kKeyTile);
         const int64_t dim = o.v.padded_dim();
         for (const Block& b : blocks) {
-            P::scores(o.q, b.row, b.rows, o.k, b.key, b.span.first, b.span.last, s, P::kKeyTile);
+            P::scores(o.q, b.row, b.rows, o.k, b.key, b.span.first, b.span.last, s, P::kKeyTile, o.ahead);
             if (!b.plain) finish(b, s);
             softmax(o, b, s, keep(b));
             const int64_t depth = std::min(b.span.last, o.v.seq - b.key) - b.span.first;
             P::accumulate(o.careful, b.rows, {s + b.span.first, P::kKeyTile, 1}, o.v, b.key + b.span.first, depth,
-                          o.out + b.row * dim);
+                          o.out + b.row * dim, o.ahead);
         }
     }
 
