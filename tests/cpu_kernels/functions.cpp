@@ -1,4 +1,5 @@
-// The stated error bounds of exp, tanh and the weights of a softmax in one instruction set (FASTATTN_CPU_ISA).
+// The stated error bounds of exp, tanh and the weights of a softmax in one instruction set (FASTATTN_CPU_ISA), and the
+// order in which memory is asked for.
 #include <cstdio>
 #include <cstdlib>
 
@@ -37,9 +38,22 @@ void check_functions(double exp_bound, double tanh_bound, double weight_slope) {
     if (kernels::exp_of<C>(-inf) != 0 || !std::isnan(kernels::exp_of<C>(std::nan("")))) fail("exp of -inf, NaN", 0);
 }
 
+// Every line once, what was added last first.
+void check_ahead() {
+    const char memory[400] = {};
+    kernels::Ahead ahead;
+    ahead.add(memory, 65), ahead.add(memory + 128, 192);
+    for (const int line : {2, 3, 4, 0, 1}) {
+        if (ahead.take(1) != memory + 64 * line) fail("not the next line", line);
+    }
+    ahead.add(memory, 192);
+    if (ahead.take(2) != memory || ahead.take(2) != memory + 128 || ahead.take(2) != nullptr) fail("lines left", 0);
+}
+
 }  // namespace
 
 int main() {
+    check_ahead();
     check_functions<float>(0x1p-22, 0x1p-21, 0x1p-23);
     check_functions<double>(0x1p-51, 0x1p-50, 0);
     std::printf("within bounds\n");
