@@ -22,24 +22,28 @@ public:
             keys.k.reserve(entry.seqlen_k, p_.head_dim_qk, kColumns);
             keys.v.reserve(entry.seqlen_k, p_.head_dim_v, kPanels);
             keys.careful = false;
+            const Rows<T> k = key_rows<T>(p_, p_.k, entry, head_k), v = key_rows<T>(p_, p_.v, entry, head_k);
+            const int layouts = unread(keys.v, v, kPanels);
             run(count_of(entry.seqlen_k, kPackRows), [&](int64_t item) {
-                keys.k.pack(key_rows<T>(p_, p_.k, entry, head_k), item * kPackRows, kColumns);
-                if (keys.v.pack(key_rows<T>(p_, p_.v, entry, head_k), item * kPackRows, kPanels) &&
-                    scores_.restricted()) {
-                    keys.careful = true;
-                }
+                keys.k.pack(k, item * kPackRows, kColumns);
+                if (layouts == 0 && !scores_.restricted()) return;
+                if (keys.v.pack(v, item * kPackRows, layouts) && scores_.restricted()) keys.careful = true;
             });
-            fetch_head(b * p_.heads_k + head_k + 1);
+            fetch_head(b * p_.heads_k + head_k + 1, scratch<Tile>().ahead);
             const int64_t tiles = count_of(entry.seqlen_q, kQueryTile), group = p_.heads_q / p_.heads_k;
             run(tiles * group, [&](int64_t item) {
                 const int64_t tile = tiles - 1 - item / group;  // causal: the longest first
                 query_tile(entry, head_k * group + item % group, tile * kQueryTile, keys, scratch<Tile>());
             });
+            scratch<Tile>().ahead.ask_for_the_rest();
         });
     }
 
 private:
-    static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = 128;
+    static constexpr bool kVectors = std::is_same_v<typename P::Matrix, Operand<C>>;
+    static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = kVectors ? 256 : 128;
+    // Rows of a block that see different keys: the fewer, the less is computed in vain.
+    static constexpr int64_t kPartRows = kVectors ? 2 * kTileRows : P::kQueryBlock;
     static_assert(kQueryTile % P::kQueryBlock == 0 && kKeyTile <= kMaxTileColumns, "tiles hold whole blocks");
 
     struct Keys {
@@ -53,26 +57,40 @@ private:
         std::vector<Block> blocks;
         std::vector<uint8_t> keep;
         typename P::Blocks pipeline;
+        Ahead ahead;
     };
 
-    // Asks for the next head's rows while this one is computed: small heads end before hardware has seen a pattern.
-    void fetch_head(int64_t index) const {
+    // The layouts in which x has to be packed: those in which products cannot read it where it lies.
+    template <typename M>
+    static int unread(M& operand, const Rows<T>& x, int layouts) {
+        if constexpr (kVectors) return operand.read_in_place(x, layouts);
+        return layouts;
+    }
+
+    // Lets products ask for the next head's rows: small heads end before hardware has seen a pattern.
+    void fetch_head(int64_t index, Ahead& ahead) const {
         const int64_t b = index / p_.heads_k, head_k = index % p_.heads_k, group = p_.heads_q / p_.heads_k;
         if (b >= p_.batch || p_.seqlen_q > kFetchRows || p_.seqlen_k > kFetchRows || p_.page_size != 0) return;
         const Entry e(p_, b);
-        const auto fetch = [](const Rows<T>& x, int64_t rows, int64_t dim) {
+        const auto fetch = [&](const Rows<T>& x, int64_t rows, int64_t dim) {
+            const int64_t bytes = dim * int64_t(sizeof(T));
             if (x.dim != 1) return;
-            for (int64_t i = 0; i < rows; ++i) {
-                const char* row = reinterpret_cast<const char*>(x.at(i));
-                for (int64_t at = 0; at < dim * int64_t(sizeof(T)); at += 64) __builtin_prefetch(row + at, 0, 2);
-            }
+            if (kVectors && x.row == dim) return ahead.add(x.data, rows * bytes);
+            for (int64_t i = 0; i < rows; ++i) Ahead::ask(x.at(i), bytes);
         };
-        fetch(key_rows<T>(p_, p_.k, e, head_k), e.seqlen_k, p_.head_dim_qk);
-        fetch(key_rows<T>(p_, p_.v, e, head_k), e.seqlen_k, p_.head_dim_v);
-        for (int64_t g = 0; g < group; ++g) {
-            fetch(query_rows<T>(p_.q, e, head_k * group + g), e.seqlen_q, p_.head_dim_qk);
+        for (int64_t g = group - 1; g >= 0; --g) {  // what is needed first is added last
             fetch(query_rows<T>(p_.out, e, head_k * group + g), e.seqlen_q, p_.head_dim_v);
+            fetch(query_rows<T>(p_.q, e, head_k * group + g), e.seqlen_q, p_.head_dim_qk);
         }
+        fetch(key_rows<T>(p_, p_.v, e, head_k), e.seqlen_k, p_.head_dim_v);
+        fetch(key_rows<T>(p_, p_.k, e, head_k), e.seqlen_k, p_.head_dim_qk);
+    }
+
+    // Whether the window leaves more units of keys [j, end) to some of the queries [i, i + rows) than to others.
+    static bool uneven(const Entry& e, int64_t i, int64_t rows, int64_t j, int64_t end) {
+        const int64_t last = i + rows - 1;
+        const auto unit = [&](int64_t key) { return std::clamp(key, j, end) / P::kUnit; };
+        return unit(e.key_low(i)) != unit(e.key_low(last)) || unit(e.key_high(i) - 1) != unit(e.key_high(last) - 1);
     }
 
     void query_tile(const Entry& e, int64_t h, int64_t first, const Keys& keys, Tile& tile) {
@@ -81,7 +99,9 @@ private:
         Rows<T> q = query_rows<T>(p_.q, e, h);
         q.data += first * q.row;
         tile.q.reserve(rows, p_.head_dim_qk, kRows);
-        for (int64_t r = 0; r < rows; r += kPackRows) tile.q.pack(q, r, kRows);
+        if (unread(tile.q, q, kRows) != 0) {
+            for (int64_t r = 0; r < rows; r += kPackRows) tile.q.pack(q, r, kRows);
+        }
         C* out = tile.out.reserve(kQueryTile * out_dim);
         std::fill(out, out + rows * out_dim, C(0));
         tile.totals.start(rows, sink_of<C>(p_, h));
@@ -90,14 +110,16 @@ private:
         tile.blocks.clear();
         for (int64_t j = e.key_low(first) / kKeyTile * kKeyTile; j < end; j += kKeyTile) {
             const int64_t j_end = std::min(j + kKeyTile, e.seqlen_k);
-            for (int64_t r = 0; r < rows; r += P::kQueryBlock) {
-                const int64_t block_rows = std::min(P::kQueryBlock, rows - r);
-                const Span span = scores_.template span<false>(e, h, first + r, block_rows, j, j_end, P::kUnit);
-                if (!span.empty()) tile.blocks.push_back({r, block_rows, j, span, span.whole && scores_.plain()});
+            for (int64_t r = 0, n; r < rows; r += n) {
+                n = std::min(
+                    uneven(e, first + r, std::min(P::kQueryBlock, rows - r), j, j_end) ? kPartRows : P::kQueryBlock,
+                    rows - r);
+                const Span span = scores_.template span<false>(e, h, first + r, n, j, j_end, P::kUnit);
+                if (!span.empty()) tile.blocks.push_back({r, n, j, span, span.whole && scores_.plain()});
             }
         }
-        const Operands<P> operands{tile.q,        keys.k, keys.v,          keys.careful,
-                                   scores_.scale, out,    tile.totals.top, tile.totals.sum};
+        const Operands<P> operands{tile.q, keys.k,          keys.v,          keys.careful, scores_.scale,
+                                   out,    tile.totals.top, tile.totals.sum, &tile.ahead};
         const auto finish_scores = [&](const Block& b, C* s) {
             for (int64_t i = 0; i < b.rows; ++i) {
                 scores_.template finish_row<false>(s + i * kKeyTile + b.span.first, e, h, first + b.row + i,

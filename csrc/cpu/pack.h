@@ -138,6 +138,7 @@ template <typename C>
 struct Operand {
     int64_t seq = 0, dim = 0;
     Buffer<C> rows, columns, panels;
+    const C *row_data = nullptr, *panel_data = nullptr;  // where products read: these buffers, or the tensor itself
 
     int64_t padded_seq() const { return round_up(seq, kLanes<C>); }
     int64_t padded_dim() const { return round_up(dim, kLanes<C>); }
@@ -147,9 +148,20 @@ struct Operand {
 
     void reserve(int64_t seq_, int64_t dim_, int layouts) {
         seq = seq_, dim = dim_;
-        if (layouts & (kRows | kTransposed)) rows.reserve(seq * dim);
+        if (layouts & (kRows | kTransposed)) row_data = rows.reserve(seq * dim);
         if (layouts & kColumns) columns.reserve(padded_seq() * dim);
-        if (layouts & kPanels) panels.reserve(padded_seq() * padded_dim());
+        if (layouts & kPanels) panel_data = panels.reserve(padded_seq() * padded_dim());
+    }
+
+    // After reserve: lets products read x where it lies, in those layouts in which it does; returns the others.
+    template <typename T>
+    int read_in_place(const Rows<T>& x, int layouts) {
+        if constexpr (std::is_same_v<T, C>) {
+            if (x.dim != 1 || x.row != dim || x.pages != nullptr) return layouts;
+            if (layouts & kRows) row_data = x.data, layouts &= ~kRows;
+            if (layouts & kPanels && dim <= kPanel<C> && dim == padded_dim()) panel_data = x.data, layouts &= ~kPanels;
+        }
+        return layouts;
     }
 
     // Packs rows [first, first + kPackRows) of the head; returns whether they hold inf or NaN.
@@ -158,19 +170,20 @@ struct Operand {
         constexpr int64_t kBlock = kLanes<C>;
         const int64_t last = std::min(first + kPackRows, padded_seq()), padded = padded_dim();
         C* copy = scratch<Buffer<C>>().reserve(kBlock * (kMaxHeadDim + kLanes<C>));
-        typename Exp2<C>::Integer non_finite = 0;
+        Vector<C> zeros = {};  // but NaN where inf or NaN was met
         for (int64_t i = first; i < last; i += kBlock) {
             int64_t stride;
             const C* block = read_lanes(x, i, seq - i, dim, copy, stride);
             for (int64_t r = 0; r < kBlock; ++r) {
                 const C* row = block + r * stride;
-                for (int64_t d = 0; d < dim; ++d) non_finite |= is_non_finite(row[d]);
+                for (int64_t d = 0; d < padded; d += kBlock) zeros += load<C>(row + d) * splat<C>(0);
                 if (i + r < seq && layouts & (kRows | kTransposed))
                     std::copy(row, row + dim, rows.get() + (i + r) * dim);
                 if (layouts & kPanels) {
                     for (int64_t d = 0; d < padded; d += kPanel<C>) {
                         const int64_t w = width(d, padded);
-                        std::copy(row + d, row + d + w, panels.get() + d * padded_seq() + (i + r) * w);
+                        C* to = panels.get() + d * padded_seq() + (i + r) * w;
+                        for (int64_t e = 0; e < w; e += kBlock) store<C>(to + e, load<C>(row + d + e));
                     }
                 }
             }
@@ -184,7 +197,7 @@ struct Operand {
                 }
             }
         }
-        return non_finite != 0;
+        return !(sum_of<C>(zeros) == 0);
     }
 };
 
@@ -192,11 +205,12 @@ struct Operand {
 // `columns`.
 template <typename E, typename C>
 inline void multiply_columns(int64_t rows, Left<E> left, const E* y, int64_t padded_seq, int64_t depth, int64_t first,
-                             int64_t c0, int64_t c1, C* s, int64_t s_stride) {
+                             int64_t c0, int64_t c1, C* s, int64_t s_stride, Ahead* ahead = nullptr) {
     for (int64_t c = c0; c < c1;) {
         const int64_t panel = Operand<E>::panel_of(first + c), w = Operand<E>::width(panel, padded_seq);
         const int64_t end = std::min(c1, panel + w - first);
-        multiply<E, false>(rows, left, y + panel * depth + (first + c - panel), w, depth, s + c, s_stride, end - c);
+        multiply<E, false>(rows, left, y + panel * depth + (first + c - panel), w, depth, s + c, s_stride, end - c,
+                           ahead);
         c = end;
     }
 }
@@ -223,22 +237,22 @@ struct VectorProducts {
 
     // s (rows x [c0, c1)) = X[row .. row + rows) · Yᵀ, columns counted from Y's row `first`, at s + column.
     static void scores(const Matrix& x, int64_t row, int64_t rows, const Matrix& y, int64_t first, int64_t c0,
-                       int64_t c1, C* s, int64_t s_stride) {
-        multiply_columns<C>(rows, {x.rows.get() + row * x.dim, x.dim, 1}, y.columns.get(), y.padded_seq(), y.dim, first,
-                            c0, c1, s, s_stride);
+                       int64_t c1, C* s, int64_t s_stride, Ahead* ahead = nullptr) {
+        multiply_columns<C>(rows, {x.row_data + row * x.dim, x.dim, 1}, y.columns.get(), y.padded_seq(), y.dim, first,
+                            c0, c1, s, s_stride, ahead);
     }
 
     // sum (rows x padded dim of Y) += left (rows x depth) · Y[first .. first + depth).
     static void accumulate(bool careful, int64_t rows, Left<C> left, const Matrix& y, int64_t first, int64_t depth,
-                           C* sum) {
+                           C* sum, Ahead* ahead = nullptr) {
         const int64_t dim = y.padded_dim();
         for (int64_t d = 0; d < dim; d += kPanel<C>) {
             const int64_t w = Matrix::width(d, dim);
-            const C* panel = y.panels.get() + d * y.padded_seq() + first * w;
+            const C* panel = y.panel_data + d * y.padded_seq() + first * w;
             if (careful) {
                 multiply_nonzero<C>(rows, left, panel, w, depth, sum + d, dim, w);
             } else {
-                multiply<C, true>(rows, left, panel, w, depth, sum + d, dim, w);
+                multiply<C, true>(rows, left, panel, w, depth, sum + d, dim, w, ahead);
             }
         }
     }

@@ -132,6 +132,25 @@ struct Exp2<double> {
                                                6.9314718055994531e-01, 1.0};
 };
 
+// p · 2^n, 0 where x is below the smallest normal number's logarithm, NaN where p is; shifted = n + kRound.
+template <typename C>
+inline Vector<C> times_power(Vector<C> p, Vector<C> x, [[maybe_unused]] Vector<C> n, Vector<C> shifted) {
+    using E = Exp2<C>;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == 4) {  // one comparison and one scaling, where the general way takes five operations
+        const __m512 v = (__m512)x;
+        const __mmask16 normal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(E::kLowest), _CMP_NLT_UQ);
+        return (Vector<C>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+    }
+#endif
+    Vector<typename E::Integer> exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = (exponent + E::kExponentBias) << E::kMantissa;
+    Vector<C> power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return x < splat<C>(E::kLowest) ? Vector<C>{} : p * power;
+}
+
 // e^x for x <= 0 (a little above is fine); 0 below the smallest normal number; NaN stays NaN. With x log2(e) = n + f,
 // f is taken from x so that a large x costs no digits: by fused multiply-adds with log2(e) in two parts; or, where
 // compilers may not fuse these (Arm has no vector a * b - c, GCC avoids chains of them in AVX2), from x - n ln(2), with
@@ -140,7 +159,6 @@ struct Exp2<double> {
 template <typename C>
 inline Vector<C> exp(Vector<C> x) {
     using E = Exp2<C>;
-    using I = Vector<typename E::Integer>;
     constexpr C kHigh = static_cast<C>(kLog2E);
     [[maybe_unused]] constexpr C kLow = static_cast<C>(kLog2ELow + (kLog2E - static_cast<double>(kHigh)));
     const Vector<C> shifted = x * splat<C>(kHigh) + splat<C>(E::kRound);
@@ -155,19 +173,7 @@ inline Vector<C> exp(Vector<C> x) {
     for (size_t k = 1; k < sizeof(E::kCoefficients) / sizeof(C); ++k) {
         p = p * f + splat<C>(E::kCoefficients[k]);
     }
-#if defined(__AVX512F__)
-    if constexpr (sizeof(C) == 4) {  // one comparison and one scaling, where the general way takes five operations
-        const __m512 v = (__m512)x;
-        const __mmask16 normal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(E::kLowest), _CMP_NLT_UQ);
-        return (Vector<C>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
-    }
-#endif
-    I exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (exponent + E::kExponentBias) << E::kMantissa;
-    Vector<C> power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return x < splat<C>(E::kLowest) ? Vector<C>{} : p * power;
+    return times_power<C>(p, x, n, shifted);
 }
 
 // tanh: near 0 in float, x + x³ P(x²) (the Cephes library's polynomial); elsewhere (1 - e) / (1 + e), e = exp(-2 |x|).

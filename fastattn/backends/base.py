@@ -76,7 +76,7 @@ def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:
     batch, heads, seq, dim = x.shape
     dtype = out_dtype(x.dtype)
     if x.is_contiguous() and (head_dim is None or head_dim == dim):
-        return torch.empty_like(x, dtype=dtype)
+        return torch.empty_like(x) if dtype is x.dtype else torch.empty_like(x, dtype=dtype)
     dim = dim if head_dim is None else head_dim
     if heads > 1 and seq > 1 and x.stride(1) < x.stride(2):
         return x.new_empty((batch, seq, heads, dim), dtype=dtype).transpose(1, 2)
@@ -85,5 +85,6 @@ def empty_like_layout(x: Tensor, head_dim: int | None = None) -> Tensor:
 
 def empty_lse(q: Tensor) -> Tensor:
     """Uninitialised ``(batch, heads_q, seq_q)``, float64 for float64 queries, else float32."""
+    batch, heads, seq, _ = q.shape
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return torch.empty(q.shape[:3], dtype=wide, device=q.device)
+    return torch.empty(batch, heads, seq, dtype=wide, device=q.device)  # a tuple would take longer
