@@ -41,7 +41,7 @@ struct FewRowsByTiles<BFloat16> {
         for (int64_t c = 0; c < kBlock; c += 32) {
             _tile_zero(0);
             _tile_zero(1);
-            for (int64_t i = 0; i < 32; ++i) R::fetch(k[c + std::min<int64_t>(i + 32, 2 * kBlock - 1 - c)], dim);
+            for (int64_t i = 0; i < 32; ++i) R::fetch(k[c + i + kBlock], dim);
             for (int64_t d = 0; d < dim; d += 32) {
                 _tile_loadd(4, q_.get() + d * 16, 64);
                 _tile_loadd(5, k[c] + d, stride * 2);

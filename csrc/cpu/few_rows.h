@@ -27,6 +27,17 @@ inline Vector<C> load_wide(const S* from) {
     return v;
 }
 
+// What one step of a product of rows takes from each: kLanes elements, in the compute type.
+template <typename C, typename Q>
+struct Step {
+    static constexpr int kElements = kLanes<C>;
+    template <typename S>
+    static Vector<C> load_from(const S* from) {
+        return load_wide<C>(from);
+    }
+    static Vector<C> add(Vector<C> sum, Vector<C> a, Vector<C> b) { return sum + a * b; }
+};
+
 // The sums of kLanes vectors, each in its lane.
 template <typename C>
 inline Vector<C> sums_of(const Vector<C>* x) {
@@ -107,14 +118,16 @@ struct FewRows {
     }
 
     // use(rows): rows[c] is row j + c of x, in whole vectors; where the block is short, the last one again. Then come
-    // as many of the next block, up to the last one of all, to be fetched.
+    // those of the next block, up to the last one of all, to be fetched: from four places in turn, as from four pages
+    // at once memory gives more.
     template <typename Use>
     static void with_rows(const Rows<T>& x, int64_t j, int64_t keys, int64_t last, int64_t dim, Buffer<C>& memory,
                           const Use& use) {
         if (x.dim == 1 && dim % L == 0) {
-            const T* rows[2 * kBlock];
+            const T *rows[2 * kBlock], *next[kBlock];
             list(x, j, j + keys - 1, rows);
-            list(x, std::min(j + kBlock, last - 1), last - 1, rows + kBlock);
+            list(x, std::min(j + kBlock, last - 1), last - 1, next);
+            for (int64_t c = 0; c < kBlock; ++c) rows[kBlock + c] = next[c % 4 * (kBlock / 4) + c / 4];
             return use(rows);
         }
         const int64_t padded = round_up(dim, L);
@@ -146,9 +159,9 @@ struct FewRows {
         for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
     }
 
-    // s[r][c] = q_r · k_c.
-    template <typename S>
-    static void products(int64_t n, const C* q, const S* const* k, int64_t dim, C* s) {
+    // s[r][c] = q_r · k_c, in steps of the type of q.
+    template <typename Q, typename S>
+    static void products(int64_t n, const Q* q, const S* const* k, int64_t dim, C* s) {
         constexpr int kMost = std::min(4, L);
         int64_t r = 0;
         if constexpr (L >= 16) {
@@ -158,26 +171,30 @@ struct FewRows {
         for (; r + 2 <= n; r += 2) products_of<2>(q + r * dim, k, dim, s + r * kBlock);
         for (; r < n; ++r) products_of<1>(q + r * dim, k, dim, s + r * kBlock);
     }
-    template <int kRows, typename S>
-    static void products_of(const C* q, const S* const* k, int64_t dim, C* s) {
+    // Functions of their own, as are columns below: where all is inlined into one, registers are spilled.
+    template <int kRows, typename Q, typename S>
+    __attribute__((noinline)) static void products_of(const Q* q, const S* const* k, int64_t dim, C* s) {
         static_assert(L % kRows == 0, "a vector holds the products of whole keys");
-        constexpr int kKeys = L / kRows;
+        using By = Step<C, Q>;
+        // As many keys at a time as share the loads of q; one row is read key by key, as memory is read best.
+        constexpr int kKeys = L / kRows, kTogether = kRows == 1 ? 1 : kKeys;
         for (int64_t c = 0; c < kBlock; c += kKeys) {
-            Vector<C> sum[L] = {};
             for (int i = 0; i < kKeys; ++i) fetch(k[c + i + kBlock], dim);
-            // As many keys at a time as share the loads of q; one row is read key by key, as memory is read best.
-            constexpr int kTogether = kRows == 1 ? 1 : kKeys;
+            Vector<C> sum[L] = {};
 #pragma GCC unroll 16
             for (int first = 0; first < kKeys; first += kTogether) {
-                for (int64_t d = 0; d < dim; d += L) {
-                    Vector<C> x[kTogether];
+                for (int64_t d = 0; d < dim; d += By::kElements) {
+                    decltype(By::load_from(q)) x[kTogether];
 #pragma GCC unroll 8
-                    for (int i = 0; i < kTogether; ++i) x[i] = load_wide<C>(k[c + first + i] + d);
+                    for (int i = 0; i < kTogether; ++i) x[i] = By::load_from(k[c + first + i] + d);
 #pragma GCC unroll 8
                     for (int a = 0; a < kRows; ++a) {
-                        const Vector<C> left = load<C>(q + a * dim + d);
+                        const auto left = By::load_from(q + a * dim + d);
 #pragma GCC unroll 8
-                        for (int i = 0; i < kTogether; ++i) sum[a * kKeys + first + i] += left * x[i];
+                        for (int i = 0; i < kTogether; ++i) {
+                            Vector<C>& to = sum[a * kKeys + first + i];
+                            to = By::add(to, left, x[i]);
+                        }
                     }
                 }
             }
@@ -207,7 +224,8 @@ struct FewRows {
         for (; d < dim; d += L) add_columns<kRows, 1>(s, v, keys, d, dim, out + d);
     }
     template <int kRows, int kVectors, typename S>
-    static void add_columns(const C* s, const S* const* v, int64_t keys, int64_t d, int64_t dim, C* out) {
+    __attribute__((noinline)) static void add_columns(const C* s, const S* const* v, int64_t keys, int64_t d,
+                                                      int64_t dim, C* out) {
         Vector<C> sum[kRows][kVectors] = {};
         for (int64_t c = 0; c < keys; ++c) {
             fetch(v[c + kBlock] + d, kVectors * L);
@@ -241,7 +259,8 @@ struct FewRows {
     }
 };
 
-// The same for whole blocks by the processor's matrix tiles, where it has them: amx_few_rows.h.
+// The same for whole blocks by the processor's products of bfloat16, where it has them: amx_few_rows.h (matrix tiles),
+// pairs_few_rows.h.
 template <typename T>
 struct FewRowsByTiles {
     static constexpr bool kExist = false;
