@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.check import run_attention, run_naive
+from benchmarks.machine import cache_bytes
 from benchmarks.peaks import arithmetic_peak, read_peak
 from benchmarks.peers import Case
 from benchmarks.rows import Row
@@ -85,6 +86,7 @@ def _cell(bench: Bench, cell: Cell, budget_s: float) -> Iterator[Row]:
         entries.append(entry)
     spec = case.spec(dtype, bench.device)
     visible = 1.0 if mask is None else mask.double().mean().item()
+    beyond = k.nbytes + v.nbytes > cache_bytes()
     for direction, work in cell.works.items():
         peaks = {name: arithmetic_peak(name) for name in ("fma", "vdpbf16", "amx")}
         if work.startswith("decode"):
@@ -94,8 +96,9 @@ def _cell(bench: Bench, cell: Cell, budget_s: float) -> Iterator[Row]:
             if e.run is not None and not e.blank:
                 calls[e.name] = timed_calls(e.run, e.wanted, grad, direction)
         samples = time_calls(calls, bench.device, budget_s)
+        labels = {**case.labels(), "work": work, "beyond_cache": beyond}
         for name in (*(e.name for e in entries), *("peak " + n for n in peaks)):
-            row = Row("cpu", str(case), direction, _name(dtype), name, {**case.labels(), "work": work})
+            row = Row("cpu", str(case), direction, _name(dtype), name, dict(labels))
             found = next((e for e in entries if e.name == name), None)
             if found is not None:
                 amount = (spec.flops(direction) * visible, float(spec.bytes(direction)))

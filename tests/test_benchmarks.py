@@ -13,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.check import compare
 from benchmarks.report import ratio_table, write_report
 from benchmarks.rows import Results, Row
+from benchmarks.targets import target_table
 from benchmarks.textcheck import PADDING, tokenise
 from benchmarks.timing import time_calls
 from fastattn import dispatch
@@ -140,6 +141,16 @@ def test_ratio_table() -> None:
     assert table.rows[1][3:] == ["unsupported: head_dim 80", "1.00 (1.00×)", "–"]
     assert "fastattn triton: interpreted: not timed" in table.notes
     assert table.markdown().count("\n|") == 4
+
+
+def test_decoding_is_held_to_reading_only_beyond_the_cache() -> None:
+    rows = []
+    for case, beyond, percent in (("short", False, 10), ("long", True, 90)):
+        labels = {"seqlen": 4096, "work": "decode float32", "beyond_cache": beyond}
+        for name, rate in (("fastattn cpu", percent), ("torch sdpa", 1), ("peak read", 100)):
+            rows.append(Row("cpu", case, "forward", "float32", name, labels, 100 / rate, gbytes=rate))
+    (line,) = target_table(rows).rows
+    assert line[-2:] == ["read 90 to 90 (target 85)", "1 of 1 cells"]
 
 
 @needs_rich

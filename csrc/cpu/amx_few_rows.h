@@ -41,8 +41,7 @@ struct FewRowsByTiles<BFloat16> {
         for (int64_t c = 0; c < kBlock; c += 32) {
             _tile_zero(0);
             _tile_zero(1);
-            for (int64_t i = 0; i < 32; ++i)
-                R::fetch(k[c + std::min<int64_t>(i + 32, kBlock + R::kAhead - 1 - c)], dim);
+            for (int64_t i = 0; i < 32; ++i) R::fetch(k[c + i + kBlock], dim);
             for (int64_t d = 0; d < dim; d += 32) {
                 _tile_loadd(4, q_.get() + d * 16, 64);
                 _tile_loadd(5, k[c] + d, stride * 2);
@@ -66,8 +65,8 @@ struct FewRowsByTiles<BFloat16> {
         uint16_t* pairs = pairs_.reserve(kBlock * dim);  // (keys/32, dim/16) tiles
         for (int64_t c = 0; c < kBlock; c += 2) {
             uint16_t* to = pairs + c / 32 * 32 * dim + c % 32 * 16;
-            R::fetch(v[c + R::kAhead], dim);
-            R::fetch(v[c + R::kAhead + 1], dim);
+            R::fetch(v[c + kBlock], dim);
+            R::fetch(v[c + kBlock + 1], dim);
             for (int64_t d = 0; d < dim; d += 32) {
                 const __m512i a = _mm512_loadu_si512(v[c] + d), b = _mm512_loadu_si512(v[c + 1] + d);
                 _mm512_store_si512(to + d * 32, _mm512_unpacklo_epi16(a, b));

@@ -8,6 +8,8 @@
 #include "softmax.h"
 #if defined(__AMX_BF16__)
 #include "amx_few_rows.h"
+#elif defined(__AVX512BF16__)
+#include "pairs_few_rows.h"
 #endif
 
 namespace fastattn::cpu::FASTATTN_CPU_ISA {

@@ -69,8 +69,8 @@ private:
         // delta is summed as dP is: where a query sees one key, its output is a row of V, and the two, large beside
         // their difference, are rounded alike. All products of dO and O are formed, of which some lie on the diagonal.
         const C* out = R::read(p_, p_.out, e, head_k, p_.head_dim_v, tile.out_data);
-        const C* rows[kBlock + R::kAhead];
-        for (int64_t c = 0; c < kBlock + R::kAhead; ++c) rows[c] = out + std::min(c, n - 1) * dim_v();
+        const C* rows[2 * kBlock];
+        for (int64_t c = 0; c < 2 * kBlock; ++c) rows[c] = out + std::min(c, n - 1) * dim_v();
         R::products(n, tile.dout, rows, dim_v(), tile.p);
         for (int64_t r = 0; r < n; ++r) {
             const int64_t h = head_k * group_ + r / e.seqlen_q, i = e.row_q + r % e.seqlen_q;

@@ -27,6 +27,17 @@ inline Vector<C> load_wide(const S* from) {
     return v;
 }
 
+// What one step of a product of rows takes from each: kLanes elements, in the compute type.
+template <typename C, typename Q>
+struct Step {
+    static constexpr int kElements = kLanes<C>;
+    template <typename S>
+    static Vector<C> load_from(const S* from) {
+        return load_wide<C>(from);
+    }
+    static Vector<C> add(Vector<C> sum, Vector<C> a, Vector<C> b) { return sum + a * b; }
+};
+
 // The sums of kLanes vectors, each in its lane.
 template <typename C>
 inline Vector<C> sums_of(const Vector<C>* x) {
@@ -82,7 +93,7 @@ inline void store_narrow(S* to, Vector<C> x) {
 template <typename T, typename C>
 struct FewRows {
     static constexpr int L = kLanes<C>;
-    static constexpr int64_t kMaxRows = 16, kBlock = 64, kAhead = 16;
+    static constexpr int64_t kMaxRows = 16, kBlock = 64;
 
     // Query rows that share a key head.
     static int64_t count(const AttentionParams& p) { return p.heads_q / p.heads_k * p.seqlen_q; }
@@ -106,37 +117,51 @@ struct FewRows {
         return to;
     }
 
-    // use(rows): rows[c] is row j + c of x, in whole vectors; where the block is short, the last one again. After them
-    // come those to be fetched ahead.
+    // use(rows): rows[c] is row j + c of x, in whole vectors; where the block is short, the last one again. Then come
+    // those of the next block, up to the last one of all, to be fetched: from four places in turn, as from four pages
+    // at once memory gives more.
     template <typename Use>
     static void with_rows(const Rows<T>& x, int64_t j, int64_t keys, int64_t last, int64_t dim, Buffer<C>& memory,
                           const Use& use) {
         if (x.dim == 1 && dim % L == 0) {
-            const T* rows[kBlock + kAhead];
-            for (int64_t c = 0; c < kBlock; ++c) rows[c] = x.at(j + std::min(c, keys - 1));
-            for (int64_t c = kBlock; c < kBlock + kAhead; ++c) rows[c] = x.at(std::min(j + c, last - 1));
+            const T *rows[2 * kBlock], *next[kBlock];
+            list(x, j, j + keys - 1, rows);
+            list(x, std::min(j + kBlock, last - 1), last - 1, next);
+            for (int64_t c = 0; c < kBlock; ++c) rows[kBlock + c] = next[c % 4 * (kBlock / 4) + c / 4];
             return use(rows);
         }
         const int64_t padded = round_up(dim, L);
-        const C* rows[kBlock + kAhead];
+        const C* rows[2 * kBlock];
         C* to = memory.reserve(kBlock * padded);
         for (int64_t c = 0; c < kBlock; ++c, to += padded) {
             read_row(x.at(j + std::min(c, keys - 1)), x.dim, dim, to);
             std::fill(to + dim, to + padded, C(0));
-            rows[c] = to;
+            rows[c] = rows[kBlock + c] = to;
         }
-        std::fill(rows + kBlock, rows + kBlock + kAhead, rows[0]);
         use(rows);
     }
-
-    template <typename S>
-    static void fetch(const S* row, int64_t dim) {
-        for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d);
+    // rows[c] = row j + c, the last one at most: page by page, as a division for each row would be felt.
+    static void list(const Rows<T>& x, int64_t j, int64_t last, const T** rows) {
+        for (int64_t c = 0; c < kBlock;) {
+            const int64_t i = std::min(j + c, last), left = x.pages == nullptr ? kBlock : x.page_size - i % x.page_size;
+            const T* at = x.at(i);
+            const int64_t n = std::min(kBlock - c, i == last ? kBlock : std::min(left, last - i));
+            const int64_t step = i == last ? 0 : x.row;
+            for (int64_t k = 0; k < n; ++k, at += step) rows[c + k] = at;
+            c += n;
+        }
     }
 
-    // s[r][c] = q_r · k_c.
+    // Asks for a part of a row of the next block. A block is about as long ahead as memory wants, and longer than the
+    // nearest cache, so the second one gets it.
     template <typename S>
-    static void products(int64_t n, const C* q, const S* const* k, int64_t dim, C* s) {
+    static void fetch(const S* row, int64_t dim) {
+        for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+    }
+
+    // s[r][c] = q_r · k_c, in steps of the type of q.
+    template <typename Q, typename S>
+    static void products(int64_t n, const Q* q, const S* const* k, int64_t dim, C* s) {
         constexpr int kMost = std::min(4, L);
         int64_t r = 0;
         if constexpr (L >= 16) {
@@ -146,24 +171,32 @@ struct FewRows {
         for (; r + 2 <= n; r += 2) products_of<2>(q + r * dim, k, dim, s + r * kBlock);
         for (; r < n; ++r) products_of<1>(q + r * dim, k, dim, s + r * kBlock);
     }
-    template <int kRows, typename S>
-    static void products_of(const C* q, const S* const* k, int64_t dim, C* s) {
+    // Functions of their own, as are columns below: where all is inlined into one, registers are spilled.
+    template <int kRows, typename Q, typename S>
+    __attribute__((noinline)) static void products_of(const Q* q, const S* const* k, int64_t dim, C* s) {
         static_assert(L % kRows == 0, "a vector holds the products of whole keys");
-        constexpr int kKeys = L / kRows;
+        using By = Step<C, Q>;
+        // As many keys at a time as share the loads of q; one row is read key by key, as memory is read best.
+        constexpr int kKeys = L / kRows, kTogether = kRows == 1 ? 1 : kKeys;
         for (int64_t c = 0; c < kBlock; c += kKeys) {
-            Vector<C> sum[L];
+            for (int i = 0; i < kKeys; ++i) fetch(k[c + i + kBlock], dim);
+            Vector<C> sum[L] = {};
 #pragma GCC unroll 16
-            for (int i = 0; i < kKeys; ++i) {  // row by row, as memory is read best
-                const S* right = k[c + i];
-                fetch(k[c + i + kAhead], dim);
-                Vector<C> total[kRows] = {};
-                for (int64_t d = 0; d < dim; d += L) {
-                    const Vector<C> x = load_wide<C>(right + d);
+            for (int first = 0; first < kKeys; first += kTogether) {
+                for (int64_t d = 0; d < dim; d += By::kElements) {
+                    decltype(By::load_from(q)) x[kTogether];
 #pragma GCC unroll 8
-                    for (int a = 0; a < kRows; ++a) total[a] += load<C>(q + a * dim + d) * x;
+                    for (int i = 0; i < kTogether; ++i) x[i] = By::load_from(k[c + first + i] + d);
+#pragma GCC unroll 8
+                    for (int a = 0; a < kRows; ++a) {
+                        const auto left = By::load_from(q + a * dim + d);
+#pragma GCC unroll 8
+                        for (int i = 0; i < kTogether; ++i) {
+                            Vector<C>& to = sum[a * kKeys + first + i];
+                            to = By::add(to, left, x[i]);
+                        }
+                    }
                 }
-#pragma GCC unroll 8
-                for (int a = 0; a < kRows; ++a) sum[a * kKeys + i] = total[a];
             }
             const Vector<C> found = sums_of<C>(sum);
             C lanes[L];
@@ -191,10 +224,11 @@ struct FewRows {
         for (; d < dim; d += L) add_columns<kRows, 1>(s, v, keys, d, dim, out + d);
     }
     template <int kRows, int kVectors, typename S>
-    static void add_columns(const C* s, const S* const* v, int64_t keys, int64_t d, int64_t dim, C* out) {
+    __attribute__((noinline)) static void add_columns(const C* s, const S* const* v, int64_t keys, int64_t d,
+                                                      int64_t dim, C* out) {
         Vector<C> sum[kRows][kVectors] = {};
         for (int64_t c = 0; c < keys; ++c) {
-            if (d == 0) fetch(v[c + kAhead], dim);
+            fetch(v[c + kBlock] + d, kVectors * L);
             Vector<C> right[kVectors];
 #pragma GCC unroll 8
             for (int u = 0; u < kVectors; ++u) right[u] = load_wide<C>(v[c] + d + u * L);
@@ -225,7 +259,8 @@ struct FewRows {
     }
 };
 
-// The same for whole blocks by the processor's matrix tiles, where it has them: amx_few_rows.h.
+// The same for whole blocks by the processor's products of bfloat16, where it has them: amx_few_rows.h (matrix tiles),
+// pairs_few_rows.h.
 template <typename T>
 struct FewRowsByTiles {
     static constexpr bool kExist = false;
