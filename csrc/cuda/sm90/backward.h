@@ -321,12 +321,19 @@ private:
             if (p.deterministic) {
                 multiply_columns<Queries>(dk, ds, q_tile, key_col(group));
             } else {
-                float dq[kKeyCols / 2];
+                // At 256 in two parts: dK, dV and 128 columns of dQ leave no registers for addresses.
+                constexpr int kPartCols = kKeyCols == 128 ? 64 : kKeyCols;
+                float dq[kPartCols / 2];
                 multiply_scores(dq, ds, key_col(group));
                 multiply_columns<Queries>(dk, ds, q_tile, key_col(group));
                 wgmma_wait<1>(dv, dq);
                 if (kOneGrad && lane_index() == 0) mbarrier_arrive(grad_empty());
                 add_dq(dq, group, h, tile, key_col(group));
+                if constexpr (kPartCols < kKeyCols) {
+                    multiply_scores(dq, ds, key_col(group) + kPartCols);
+                    wgmma_wait<0>(dq);
+                    add_dq(dq, group, h, tile, key_col(group) + kPartCols);
+                }
             }
         } else {
             multiply_columns<Grads>(dv, a, grad_tile);
