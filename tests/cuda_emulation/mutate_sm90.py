@@ -23,8 +23,8 @@ from tests.cuda_emulation.trial import CaseCheck, Check
 from tests.tolerance import assert_close_to_oracle
 
 OBJECTS = (
-    r"sm90-dispatch\.o|sm90-(forward|backward)-BFloat16-(64|128|192|256)\.o|sm90-decode-BFloat16-(64|128|256)\.o|"
-    r"sm80-(prepare-BFloat16|dq-BFloat16-(64|128|192|256)-false)\.o"
+    r"sm90-dispatch\.o|sm90-(forward|backward|dq)-BFloat16-(64|128|192|256)\.o|"
+    r"sm90-decode-BFloat16-(64|128|256)\.o|sm80-prepare-BFloat16\.o"
 )
 
 # Two stages each: more tiles of keys than go round twice, several tiles of queries to a persistent block.

@@ -7,8 +7,8 @@
 //     dV += P^T dO;  dK += dS^T Q;  dQ += dS K
 //
 // dS goes through shared memory for dQ, which is computed in parts of 64 x 64 (head_dim 128: one for each warpgroup,
-// 64: the warpgroups take turns) and added to float sums in the workspace, unless params.deterministic: then sm80::dq
-// computes dQ in a pass of its own.
+// 64: the warpgroups take turns) and added to float sums in the workspace, unless params.deterministic: then dq.h
+// has a pass of its own for dQ.
 //
 // Wide heads (head_dim 192 and 256): the registers hold dK and dV of 64 keys only, of which each warpgroup owns half of
 // the columns, and dQ's. It computes S^T and dP^T of half of the queries; P^T and dS^T become whole in shared memory,

@@ -215,7 +215,7 @@ void attention_backward(const AttentionParams& p, void* stream) {
         sm80::prepare<T>(rows_only, stream);
         if (p.deterministic) {
             dkdv<T, head_dim>(p, stream);
-            sm80::dq<T, head_dim, false>(p, stream);
+            dq<T, head_dim>(p, stream);
         } else {
             clear_dq_sums<T, head_dim>(p, stream);
             dkdv<T, head_dim>(p, stream);

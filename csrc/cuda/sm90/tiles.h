@@ -137,6 +137,22 @@ constexpr KeyTile key_tile(int head_dim) {
     return {64, 64, 1, true};
 }
 
+// dQ in one order of summation: two warpgroups with 64 queries each, whose S, dP and dQ are in registers.
+struct QueryTile {
+    int queries, keys, value_stages;  // two stages of K
+    // Q, dO, the stages of K and V, at most nine barriers.
+    constexpr int shared_bytes(int head_dim) const {
+        return 2 * queries * (head_dim + value_dim(head_dim)) +
+               2 * keys * (2 * head_dim + value_stages * value_dim(head_dim)) + 72;
+    }
+};
+constexpr QueryTile query_tile(int head_dim) {
+    if (head_dim == 64) return {128, 128, 2};  // 96 KiB
+    if (head_dim == 128) return {128, 96, 2};  // 160 KiB
+    if (head_dim == 192) return {128, 64, 2};  // 160 KiB
+    return {128, 64, 1};                       // 224 KiB
+}
+
 // Decoding: 16 rows, the queries of a group of heads; four warps with 16 keys each. Stages are what lets two blocks
 // share a multiprocessor, 96 KiB each (at 256 one block, 192 KiB); a multiprocessor needs some 40 KiB on their way to
 // keep up its share of the memory's bandwidth, 25 to 36 bytes a nanosecond at a latency of a microsecond.
