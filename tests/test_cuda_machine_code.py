@@ -167,8 +167,8 @@ def test_instructions(row: Row) -> None:
             assert not [op for op in row.never if counts[op]], f"{kernel}: {row.never}, {counts.most_common(40)}"
 
 
-#: Keys of the tiles of Q K^T and head_dim of P V; in the backward queries, columns of dK and of dV, and parts of dQ; where
-#: dQ is summed in one order keys and head_dim.
+#: Keys of the tiles of Q K^T and head_dim of P V; in the backward queries, columns of dK and of dV, and parts of dQ; in
+#: its pass for dQ keys and head_dim.
 COLUMNS = {
     "forward-BFloat16-64": {128, 64},
     "forward-BFloat16-96": {128, 96},
