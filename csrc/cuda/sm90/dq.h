@@ -99,10 +99,10 @@ struct QueryGradient {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = i0 + fragment_row() + 8 * half;
-            const bool exists = i < work.band.seqlen_q;
+            const bool present = i < work.band.seqlen_q;
             const int64_t row = work.band.row_index(p, work.h, i);
-            lse[half] = (exists ? load_global(lse_rows(p) + row) : INFINITY) * kLog2E;
-            delta[half] = exists ? load_global(delta_rows(p) + row) : 0.f;
+            lse[half] = (present ? load_global(lse_rows(p) + row) : INFINITY) * kLog2E;
+            delta[half] = present ? load_global(delta_rows(p) + row) : 0.f;
         }
         float dq[kHeadDim / 2];
 #pragma unroll
