@@ -2,7 +2,7 @@
 
     python -m tests.cuda_emulation.mutate_sm90 csrc/cuda/sm90/forward.h --synchronisation
 
-The backward runs with sums of dQ by bulk additions and without; NaN in keys and values that the band makes invisible
+The backward runs with sums of dQ by bulk additions and in one order; NaN in keys and values that the band makes invisible
 must not matter. Survivors: ``survivors_sm90.txt``.
 """
 
