@@ -2,8 +2,8 @@
 
     python -m tests.cuda_emulation.mutate_sm90 csrc/cuda/sm90/forward.h --synchronisation
 
-The backward runs with sums of dQ by bulk additions and in one order; NaN in keys and values that the band makes invisible
-must not matter. Survivors: ``survivors_sm90.txt``.
+The backward runs with sums of dQ by bulk additions and in one order; NaN in keys and values that the band makes
+invisible must not matter. Survivors: ``survivors_sm90.txt``.
 """
 
 from __future__ import annotations
