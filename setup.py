@@ -113,7 +113,12 @@ def hopper_sources() -> list[Source]:
     sources = [Source(f"csrc/cuda/sm90/{name}.cu", flags=timed, hopper=True) for name in ("dispatch", "dispatch_fp8")]
     for dim in ("64", "128", "256"):
         sources.append(Source("csrc/cuda/sm90/forward_fp8.cu", _defines("E4M3", dim), timed, hopper=True))
-    kernels = {"forward": (64, 96, 128, 192, 256), "backward": (64, 128), "decode": (64, 128, 256)}
+    kernels = {
+        "forward": (64, 96, 128, 192, 256),
+        "backward": (64, 128, 192, 256),
+        "dq": (64, 128, 192, 256),
+        "decode": (64, 128, 256),
+    }
     for kernel, dims in kernels.items():
         for dtype in ("Half", "BFloat16"):
             for dim in dims:

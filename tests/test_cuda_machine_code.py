@@ -167,7 +167,8 @@ def test_instructions(row: Row) -> None:
             assert not [op for op in row.never if counts[op]], f"{kernel}: {row.never}, {counts.most_common(40)}"
 
 
-#: Keys of the tiles of Q K^T and head_dim of P V; in the backward queries, head_dim, and parts of dQ.
+#: Keys of the tiles of Q K^T and head_dim of P V; in the backward queries, columns of dK and of dV, and parts of dQ; in
+#: its pass for dQ keys and head_dim.
 COLUMNS = {
     "forward-BFloat16-64": {128, 64},
     "forward-BFloat16-96": {128, 96},
@@ -179,6 +180,12 @@ COLUMNS = {
     "forward_fp8-E4M3-256": {128},
     "backward-BFloat16-64": {64},
     "backward-BFloat16-128": {64, 128},
+    "backward-BFloat16-192": {32, 96, 64},
+    "backward-BFloat16-256": {32, 128, 64},
+    "dq-BFloat16-64": {128, 64},
+    "dq-BFloat16-128": {96, 128},
+    "dq-BFloat16-192": {64, 192},
+    "dq-BFloat16-256": {64, 256},
 }
 
 

@@ -46,6 +46,13 @@ CASES = [
     case("d192-causal", (192, 128), (140, 337), causal=True),
     case("d256-wraps", 256, (66, 401), layout="bhsd"),
     case("d256-causal", 256, (150, 161), (2, 1), causal=True),
+    # The backward of wide heads: tiles of 64 queries and 64 keys, two stages.
+    case("d192-wraps", (192, 128), (5 * 64 + 1, 63), (4, 2)),
+    case("d192-window", (136, 128), (140, 190), window=(70, 20), offset=50, layout="bhsd"),
+    case("d256-one-over", (256, 248), (5 * 64 - 1, 65), (4, 2)),
+    case("d256-window", (160, 176), (150, 330), window=(70, 20), offset=60, batch=2),
+    case("d256-causal-top-left", (136, 256), (200, 200), (2, 2), causal=True, offset=0),
+    case("d256-more-queries-than-keys", 256, (270, 77), causal=True),
     # Sequences of their own lengths: whole tiles, a row more and less, none; the ends of tiles in the next sequence.
     packed("packed-d64-wraps", 64, (130, 1, 70), (5 * 128 + 1, 40, 127), heads_q=2),
     packed("packed-d64-causal", 64, (200, 0, 65, 33, 192), (391, 20, 64, 0, 256), causal=True),
@@ -53,7 +60,10 @@ CASES = [
     packed("packed-d96-top-left", 96, (0, 129, 64), (30, 129, 200), causal=True, offset=0),
     packed("packed-d128-causal", (128, 120), (150, 64, 3), (190, 200, 3), heads_q=2, causal=True),
     packed("packed-d192", (192, 128), (70, 129), (337, 12)),
+    packed("packed-d192-causal", (192, 128), (70, 0, 64, 33), (90, 20, 64, 0), heads_q=2, causal=True),
     packed("packed-d256-causal", 256, (20, 130), (30, 161), causal=True),
+    packed("packed-d256-wraps", (256, 200), (330, 1, 70), (65, 40, 127), heads_q=2, used_k=(65, 3, 100)),
+    case("used-d256-causal", 256, (100, 200), batch=2, used_k=(130, 0), causal=True),
     case("used-d128-causal", 128, (100, 300), batch=2, used_k=(260, 0), causal=True),
 ]
 # Up to 16 rows of queries and heads. Tiles of 64 keys; six stages at head_dim 64, else three; the emulated device has

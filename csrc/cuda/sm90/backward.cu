@@ -92,15 +92,13 @@ void clear_dq_sums(const AttentionParams& p, void* stream) {
 template <typename T, int kHeadDim>
 void dkdv(const AttentionParams& p, void* stream) {
     using Block = Backward<T, kHeadDim, false>;  // sizes and tiles are the same with kRagged
-    using Queries = typename Block::Queries;
-    using Keys = typename Block::Keys;
     const BackwardArguments arguments{
-        query_map<Queries>(p, p.q, p.head_dim_qk, Block::kTile.queries),
-        key_map<Keys>(p, p.k, p.head_dim_qk, Block::kTile.keys),
-        key_map<Keys>(p, p.v, p.head_dim_v, Block::kTile.keys),
-        query_map<Queries>(p, p.grad_out, p.head_dim_v, Block::kTile.queries),
-        key_map<Keys>(p, p.dk, p.head_dim_qk, 64),
-        key_map<Keys>(p, p.dv, p.head_dim_v, 64),
+        query_map<typename Block::Queries>(p, p.q, p.head_dim_qk, Block::kTile.queries),
+        key_map<typename Block::Keys>(p, p.k, p.head_dim_qk, Block::kTile.keys),
+        key_map<typename Block::Values>(p, p.v, p.head_dim_v, Block::kTile.keys),
+        query_map<typename Block::Grads>(p, p.grad_out, p.head_dim_v, Block::kTile.queries),
+        key_map<typename Block::OwnKeys>(p, p.dk, p.head_dim_qk, 64),
+        key_map<typename Block::OwnValues>(p, p.dv, p.head_dim_v, 64),
         gradient_sums(p),
         p,
     };

@@ -38,10 +38,11 @@ FASTATTN_DEVICE float dot(const T* x, const T* y, int64_t size) {
     return sum;
 }
 
-// A row of kCols floats in the lanes of a warp: each has pairs of neighbouring columns, 64 apart.
+// kCols columns of a row, from `first` on, in the lanes of a warp: each has pairs of neighbouring ones, 64 apart.
 template <int kCols>
 struct RowSum {
     static constexpr int kPairs = (kCols + 63) / 64;
+    int first = 0;
     float sum[kPairs][2] = {};
 
     static FASTATTN_DEVICE int column(int pair) { return 64 * pair + 2 * lane_index(); }
@@ -50,11 +51,11 @@ struct RowSum {
     FASTATTN_DEVICE void add(float weight, const T* row, int64_t cols) {
 #pragma unroll
         for (int e = 0; e < 2 * kPairs; ++e) {
-            const int col = column(e / 2) + e % 2;
+            const int col = first + column(e / 2) + e % 2;
             if (col < cols) sum[e / 2][e % 2] = fmaf(weight, to_float(load_global(&row[col])), sum[e / 2][e % 2]);
         }
     }
-    // Into a row of a tile.
+    // Into a row of a tile of these columns.
     template <typename T, int kRows>
     FASTATTN_DEVICE void write(uint32_t tile, int row, float scale) const {
 #pragma unroll
@@ -109,9 +110,9 @@ struct EntryOf {
 };
 
 // Key j's sums over the visible queries of head h, by one warp: dv += P dO, dk += dS Q.
-template <typename T, int kCols>
-FASTATTN_DEVICE void redo_key(const AttentionParams& p, const Band& band, int h, int hk, int j, RowSum<kCols>& dk,
-                              RowSum<kCols>& dv) {
+template <typename T, int kKeyCols, int kValueCols>
+FASTATTN_DEVICE void redo_key(const AttentionParams& p, const Band& band, int h, int hk, int j, RowSum<kKeyCols>& dk,
+                              RowSum<kValueCols>& dv) {
     const int end = band.queries_end(j);
 #pragma unroll 1
     for (int i0 = band.queries_begin(j); i0 < end; i0 += 32) {

@@ -15,7 +15,7 @@
 namespace fastattn::cuda::sm90 {
 namespace {
 
-constexpr int64_t kFewQueries = 16, kMaxBackwardHeadDim = 128, kMaxSplits = 128;
+constexpr int64_t kFewQueries = 16, kMaxSplits = 128;
 
 template <typename... Parts>
 std::string words(const Parts&... parts) {
@@ -121,7 +121,10 @@ int forward_head_dim(const AttentionParams& p) {
     if (dim <= 128) return 128;
     return p.head_dim_qk <= 192 && p.head_dim_v <= value_dim(192) ? 192 : 256;
 }
-int backward_head_dim(const AttentionParams& p) { return std::max(p.head_dim_qk, p.head_dim_v) <= 64 ? 64 : 128; }
+int backward_head_dim(const AttentionParams& p) {
+    const int dim = forward_head_dim(p);
+    return dim == 96 ? 128 : dim;
+}
 
 // Calls f(T{}, constant) for an element and one of the head dimensions.
 template <int... kHeadDims, typename F>
@@ -155,9 +158,6 @@ std::string forward_reason(const AttentionParams& p) {
 std::string backward_reason(const AttentionParams& p) {
     if (std::string reason = spec_reason(p); !reason.empty()) return reason;
     if (std::string reason = long_reason(p); !reason.empty()) return reason;
-    if (const int64_t dim = std::max(p.head_dim_qk, p.head_dim_v); dim > kMaxBackwardHeadDim) {
-        return words("head_dim ", dim, ": the backward takes at most ", kMaxBackwardHeadDim);
-    }
     if (!p.q.data) return {};
     return first_of({inputs_reason(p), query_reason("grad_out", p, p.grad_out), query_reason("dq", p, p.dq),
                      key_reason("dk", p, p.dk), key_reason("dv", p, p.dv)});
@@ -208,14 +208,14 @@ void attention_forward(const AttentionParams& p, void* stream) {
 }
 
 void attention_backward(const AttentionParams& p, void* stream) {
-    with_kernel<64, 128>(p.dtype, backward_head_dim(p), [&](auto element, auto head_dim) {
+    with_kernel<64, 128, 192, 256>(p.dtype, backward_head_dim(p), [&](auto element, auto head_dim) {
         using T = decltype(element);
         AttentionParams rows_only = p;
         rows_only.deterministic = true;  // delta and lse; the sums of dQ are laid out otherwise here
         sm80::prepare<T>(rows_only, stream);
         if (p.deterministic) {
             dkdv<T, head_dim>(p, stream);
-            sm80::dq<T, head_dim, false>(p, stream);
+            dq<T, head_dim>(p, stream);
         } else {
             clear_dq_sums<T, head_dim>(p, stream);
             dkdv<T, head_dim>(p, stream);

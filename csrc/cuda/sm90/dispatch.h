@@ -20,7 +20,7 @@ int forward_variant(const AttentionParams& params);
 // Bytes of params.workspace that the forward needs, for a call without a reason.
 int64_t forward_workspace_bytes(const AttentionParams& params);
 
-// Bytes of params.workspace that the backward needs, if head_dim is at most 128.
+// Bytes of params.workspace that the backward needs.
 int64_t backward_workspace_bytes(const AttentionParams& params);
 
 // The device of params is current.

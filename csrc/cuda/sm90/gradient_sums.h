@@ -21,15 +21,17 @@ inline int64_t sums_size(const AttentionParams& p, int head_dim) {
 // so that threads write 16 bytes without bank conflicts and a part is one run of bytes.
 template <int kHeadDim, bool kRagged>
 struct GradientSums {
-    static constexpr int kParts = kHeadDim / 64, kPart = 64 * 64, kPartBytes = 4 * kPart;
+    static constexpr int kParts = kHeadDim / 64, kPart = 64 * 64;
 
-    static FASTATTN_DEVICE float* part(float* sums, const AttentionParams& p, int64_t h, int64_t number, int part) {
-        return sums + ((h * SequenceTiles<64, kRagged>::of_queries(p).count() + number) * kParts + part) * kPart;
+    // Where the columns from col on (a multiple of 8) of a tile begin; up to the end of the part they are one run.
+    static FASTATTN_DEVICE float* columns(float* sums, const AttentionParams& p, int64_t h, int64_t number, int col) {
+        const int64_t tile = h * SequenceTiles<64, kRagged>::of_queries(p).count() + number;
+        return sums + (tile * kParts + col / 64) * kPart + col % 64 / 8 * 512;
     }
     // Where columns col and col + 1 (col even) of query i of a sequence lie, whose first tile has this number.
     static FASTATTN_DEVICE float* pair(float* sums, const AttentionParams& p, int64_t h, int first, int i, int col) {
         const int row = i % 64, thread = row / 16 * 32 + row % 8 * 4 + col % 8 / 2;
-        return part(sums, p, h, first + i / 64, col / 64) + (col % 64 / 8 * 128 + thread) * 4 + row % 16 / 8 * 2;
+        return columns(sums, p, h, first + i / 64, col / 8 * 8) + thread * 4 + row % 16 / 8 * 2;
     }
 };
 

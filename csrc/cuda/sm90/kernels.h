@@ -21,13 +21,15 @@ void forward_fp8(const AttentionParams& params, int variant, int multiprocessors
 template <typename T, int kHeadDim>
 void decode(const AttentionParams& params, void* stream);
 
-// kHeadDim: 64 or 128. The backward: sm80::prepare (params.deterministic: no sums for dQ are cleared), clear_dq_sums,
-// dkdv, convert_dq; deterministic: sm80::prepare, dkdv, sm80::dq. workspace: gradient_sums.h.
+// kHeadDim: 64, 128, 192 or 256, as forward's. The backward: sm80::prepare (params.deterministic: no sums for dQ are
+// cleared), clear_dq_sums, dkdv, convert_dq; deterministic: sm80::prepare, dkdv, dq. workspace: gradient_sums.h.
 template <typename T, int kHeadDim>
 void clear_dq_sums(const AttentionParams& params, void* stream);
 template <typename T, int kHeadDim>
 void dkdv(const AttentionParams& params, void* stream);
 template <typename T, int kHeadDim>
 void convert_dq(const AttentionParams& params, void* stream);
+template <typename T, int kHeadDim>
+void dq(const AttentionParams& params, void* stream);
 
 }  // namespace fastattn::cuda::sm90

@@ -8,16 +8,17 @@
 
 namespace fastattn::cuda::sm90 {
 
-// kRows x kCols, divided into spans of columns; a span is kRows rows of 128 bytes (64 where kCols is no multiple of 64)
-// in which the 16-byte chunks are exchanged by the hardware's swizzle. A tile starts at a multiple of 1024.
-template <int kRows, int kCols>
+// kRows x kCols, divided into spans of 64 or 32 columns; a span is kRows rows of 128 or 64 bytes in which the 16-byte
+// chunks are exchanged by the hardware's swizzle. A tile starts at a multiple of 1024.
+template <int kRows, int kCols, int kSpanCols = kCols % 64 == 0 ? 64 : 32>
 struct Operand {
-    static constexpr int kSpan = kCols % 64 == 0 ? 64 : 32;  // columns
+    static constexpr int kSpan = kSpanCols;
     static constexpr int kSpans = kCols / kSpan;
     static constexpr Swizzle kSwizzle = kSpan == 64 ? Swizzle::k128Bytes : Swizzle::k64Bytes;
     static constexpr uint32_t kRowBytes = 2 * kSpan, kBlockBytes = 8 * kRowBytes, kSpanBytes = kRows * kRowBytes;
     static constexpr uint32_t kBytes = kSpans * kSpanBytes;
-    static_assert(kCols % 32 == 0 && kRows % 16 == 0 && kRows <= 256 && kBytes % 1024 == 0);
+    static_assert((kSpan == 32 || kSpan == 64) && kCols % kSpan == 0 && kRows % 16 == 0 && kRows <= 256 &&
+                  kBytes % 1024 == 0);
 
     // Rows from row on (a multiple of 8) as m or n, columns 16 step .. 16 step + 15 as k.
     static FASTATTN_DEVICE uint64_t k_major(uint32_t tile, int row, int step) {
@@ -52,10 +53,11 @@ struct Operand {
         }
     }
     // The other way, for 64 rows of the tile from `first` on, of a map whose boxes have 64 rows. One thread commits.
-    static FASTATTN_DEVICE void store_64(uint32_t tile, int first, const TensorMap& map, int row, int head, int batch) {
+    static FASTATTN_DEVICE void store_64(uint32_t tile, int first, const TensorMap& map, int row, int head, int batch,
+                                         int col = 0) {
 #pragma unroll
         for (int n = 0; n < kSpans; ++n) {
-            tma_store(map, tile + n * kSpanBytes + first * kRowBytes, n * kSpan, row, head, batch);
+            tma_store(map, tile + n * kSpanBytes + first * kRowBytes, col + n * kSpan, row, head, batch);
         }
     }
     // The same of those of the 64 rows that `to` has, by ordinary stores of the threads of a warpgroup: behind a packed

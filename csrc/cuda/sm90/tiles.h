@@ -113,17 +113,45 @@ constexpr uint32_t e4m3_shared_bytes(int head_dim, int variant) {
     return 2 * t.queries * head_dim + 2 * t.stages * t.keys * head_dim + 8 * forward_barriers(t.stages);
 }
 
+// The backward: two warpgroups, with 64 keys each, or from head_dim 192 on (wide) with half of the columns of dK and dV
+// of the same 64 keys.
 struct KeyTile {
     int queries, keys;  // of one step, of the block
-    // K, V, two stages of Q, dO, dS and of each query's lse and delta, two parts of 64 x 64 sums of dQ, seven barriers.
+    int grad_stages;    // of dO
+    bool wide;
+    // K, V, two stages of Q, those of dO, two stages of dS (wide: and of P) and of each query's lse and delta, two
+    // parts of 64 x 64 sums of dQ, seven barriers.
     constexpr int shared_bytes(int head_dim) const {
-        return 2 * head_dim * (2 * keys + 4 * queries) + 4 * keys * queries + 16 * queries + 2 * 4 * 64 * 64 + 56;
+        const int key_dims = head_dim + value_dim(head_dim);
+        const int query_dims = 2 * head_dim + grad_stages * value_dim(head_dim);
+        return 2 * keys * key_dims + 2 * queries * query_dims + (wide ? 8 : 4) * keys * queries + 16 * queries +
+               2 * 4 * 64 * 64 + 56;
     }
 };
+constexpr KeyTile key_tile(int head_dim) {
+    // S^T, dP^T, dK and dV of 64 queries fill the registers at head_dim 128 (FlashAttention-3: 80 queries where nothing
+    // is masked); at 64, with 128 queries, they do not fit.
+    if (head_dim <= 128) return {64, 128, 2, false};
+    if (head_dim == 192) return {64, 64, 2, true};  // 169 KiB
+    // 225 KiB. One stage of dO, free once dV has it: the next is loaded beside the products of dQ, dK and S.
+    return {64, 64, 1, true};
+}
 
-// The backward: two warpgroups with 64 keys each. S^T, dP^T, dK and dV of 64 queries fill the registers at head_dim 128
-// (FlashAttention-3: 80 queries where nothing is masked); at 64, with 128 queries, they do not fit.
-constexpr KeyTile key_tile(int) { return {64, 128}; }
+// dQ in one order of summation: two warpgroups with 64 queries each, whose S, dP and dQ are in registers.
+struct QueryTile {
+    int queries, keys, value_stages;  // two stages of K
+    // Q, dO, the stages of K and V, at most nine barriers.
+    constexpr int shared_bytes(int head_dim) const {
+        return 2 * queries * (head_dim + value_dim(head_dim)) +
+               2 * keys * (2 * head_dim + value_stages * value_dim(head_dim)) + 72;
+    }
+};
+constexpr QueryTile query_tile(int head_dim) {
+    if (head_dim == 64) return {128, 128, 2};  // 96 KiB
+    if (head_dim == 128) return {128, 96, 2};  // 160 KiB
+    if (head_dim == 192) return {128, 64, 2};  // 160 KiB
+    return {128, 64, 1};                       // 224 KiB
+}
 
 // Decoding: 16 rows, the queries of a group of heads; four warps with 16 keys each. Stages are what lets two blocks
 // share a multiprocessor, 96 KiB each (at 256 one block, 192 KiB); a multiprocessor needs some 40 KiB on their way to
