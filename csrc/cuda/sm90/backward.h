@@ -201,7 +201,7 @@ private:
         const uint32_t q_tile = q + stage * Queries::kBytes, grad_tile = grad_out + stage * Queries::kBytes;
         const uint32_t ds = scores + stage * Scores::kBytes;  // the other one may still be read for dQ
         float s[kCount], dp[kCount];
-        uint32_t a[kTile.queries / 16][4], da[kTile.queries / 16][4];
+        uint32_t a[kTile.queries / 16][4], weights[kTile.queries / 16][4], da[kTile.queries / 16][4];
 
         mbarrier_wait(q_full(stage), place.parity);
         multiply_rows(s, k, q_tile, group);
@@ -221,30 +221,39 @@ private:
         const float unit = static_cast<float>(p.softmax_scale) * kLog2E;
 
         wgmma_wait<1>(s);
+        // dV += P^T dO, of 16 queries as soon as their P is there: P is computed beside dP^T, dS^T beside dV, and as
+        // each depends on what is before it, the compiler cannot move them behind the next wait.
 #pragma unroll
-        for (int c = 0; c < kTile.queries / 8; ++c) {
-            const Float2 lse = load_shared<Float2>(row_address(stage) + 4 * (8 * c + column));
+        for (int step = 0; step < kTile.queries / 16; ++step) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& x = s[4 * c + 2 * half];
-                float& y = s[4 * c + 2 * half + 1];
-                x = exp2_approx(fmaf(x, unit, -lse.x));
-                y = exp2_approx(fmaf(y, unit, -lse.y));
-                if (kMasked && !(visible >> (16 * half + 2 * c) & 1)) x = 0.f;
-                if (kMasked && !(visible >> (16 * half + 2 * c + 1) & 1)) y = 0.f;
+            for (int c = 2 * step; c < 2 * step + 2; ++c) {
+                const Float2 lse = load_shared<Float2>(row_address(stage) + 4 * (8 * c + column));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float& x = s[4 * c + 2 * half];
+                    float& y = s[4 * c + 2 * half + 1];
+                    x = exp2_approx(fmaf(x, unit, -lse.x));
+                    y = exp2_approx(fmaf(y, unit, -lse.y));
+                    if (kMasked && !(visible >> (16 * half + 2 * c) & 1)) x = 0.f;
+                    if (kMasked && !(visible >> (16 * half + 2 * c + 1) & 1)) y = 0.f;
+                }
             }
-        }
-        // From here on only the rounded P: S, dP, dK and dV leave no registers for both.
+            pack_operand<T>(a[step], s, step);
+            // From here on only the rounded P: S, dP, dK and dV leave no registers for both.
 #pragma unroll
-        for (int step = 0; step < kTile.queries / 16; ++step) pack_operand<T>(a[step], s, step);
+            for (int r = 0; r < 4; ++r) weights[step][r] = a[step][r];  // a is not to be touched before the wait for dV
+            wgmma_fence();
+            wgmma_rs<T, kHeadDim, true>(dv, a[step], Queries::mn_major(grad_tile, 0, step), true);
+        }
+        wgmma_commit();
 
-        wgmma_wait<0>(dp);
+        wgmma_wait<1>(dp);
 #pragma unroll
         for (int c = 0; c < kTile.queries / 8; ++c) {
             const Float2 delta = load_shared<Float2>(row_address(stage) + 4 * (kTile.queries + 8 * c + column));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const Float2 weight = unpack<T>(a[c / 2][c % 2 * 2 + half]);
+                const Float2 weight = unpack<T>(weights[c / 2][c % 2 * 2 + half]);
                 float& x = dp[4 * c + 2 * half];
                 float& y = dp[4 * c + 2 * half + 1];
                 x = weight.x * (x - delta.x);  // invisible: 0, or NaN, which redo() contains
@@ -253,7 +262,6 @@ private:
         }
 #pragma unroll
         for (int step = 0; step < kTile.queries / 16; ++step) pack_operand<T>(da[step], dp, step);
-        multiply_columns(dv, a, grad_tile);
 
         if (p.deterministic) {
             multiply_columns(dk, da, q_tile);
