@@ -275,3 +275,5 @@ def test_what_the_sanitizer_says(said: str, code: int, errors: int | None, clean
 
 def test_sanitizer_cases_exist() -> None:
     assert set(sanitize.NAMES.split()) <= {case.name for case in CASES}
+    assert set(sanitize.DEFAULT_CASES) <= {name for known in sanitize.KNOWN.values() for name in known}
+    assert set(sanitize.KNOWN[torch.float8_e4m3fn]) <= set(sanitize.DEFAULT_CASES)

@@ -24,6 +24,7 @@ if shutil.which("c++") is None:
     pytest.skip("CUDA kernels are compiled for the emulator: no C++ compiler here", allow_module_level=True)
 
 from tests.cuda_emulation.backend import EmulatedBackend
+from tests.cuda_emulation.hopper_borders import REFUSED, Layout, check_refused
 from tests.cuda_emulation.hopper_cases import FP8 as CASES
 
 pytestmark = pytest.mark.usefixtures("hopper")
@@ -120,6 +121,11 @@ def test_other_layouts_are_copied(emulated: EmulatedBackend) -> None:
     dense = [x.contiguous() for x in (q, k.expand(2, -1, -1, -1), v)]
     assert torch.equal(actual, run_e4m3(emulated, fastattn.attention_fp8, *dense))
     assert actual.stride(1) < actual.stride(2)
+
+
+@pytest.mark.parametrize("layout", REFUSED, ids=lambda layout: layout.name)
+def test_the_kernel_refuses_what_it_could_not_read(layout: Layout) -> None:
+    check_refused(layout)
 
 
 def test_what_runs_is_said(

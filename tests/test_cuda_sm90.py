@@ -19,7 +19,9 @@ pytest.importorskip("ninja")
 if shutil.which("c++") is None:
     pytest.skip("CUDA kernels are compiled for the emulator: no C++ compiler here", allow_module_level=True)
 
+from tests.cuda_emulation import sanitize
 from tests.cuda_emulation.backend import EmulatedBackend
+from tests.cuda_emulation.hopper_borders import BORDERS, LAYOUTS, Border, Layout, check_layout, check_variants
 from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, packed, spoil_unused_keys
 from tests.cuda_emulation.hopper_cases import case as make_case
 
@@ -194,7 +196,43 @@ def test_what_runs_is_said_and_can_be_chosen(
     assert emulated.emulator.statistics().wgmma == 0
 
 
-def test_other_layouts_are_left_to_another_kernel(emulated: EmulatedBackend) -> None:
-    q, k, v = (torch.randn(1, 1, 40, 65).half()[..., 1:] for _ in range(3))
-    fastattn.attention(q, k, v, backend="cuda")
-    assert emulated.emulator.statistics().wgmma == 0
+@pytest.mark.parametrize("border", BORDERS, ids=lambda b: f"{b.case.name}-{b.case.head_dim_qk}-{b.said[-40:]}")
+def test_who_runs_a_call_at_the_border(border: Border, emulated: EmulatedBackend) -> None:
+    border.check(emulated)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layouts(layout: Layout, deterministic: bool, emulated: EmulatedBackend) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_layout(layout, emulated)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_variants() -> None:
+    check_variants()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [
+        (torch.bfloat16, ["plain", "d96-window", "decode-pages"]),
+        (torch.float16, ["packed-d64-causal"]),
+        (torch.float32, ["plain"]),
+        (torch.float8_e4m3fn, ["plain", "e4m3-one-query"]),
+    ],
+)
+def test_what_compute_sanitizer_is_to_watch_runs(
+    dtype: torch.dtype, names: list[str], monkeypatch: pytest.MonkeyPatch, emulated: EmulatedBackend
+) -> None:
+    """Both the Hopper kernels and those before, where a type has both."""
+    monkeypatch.setenv("FASTATTN_CUDA_KERNELS", "")
+    try:
+        sanitize.run_cases(dtype, names, "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    used = emulated.emulator.statistics()
+    assert (used.wgmma > 0) == (dtype is not torch.float32)
+    assert (used.mma > 0) == (dtype in (torch.bfloat16, torch.float16))
