@@ -79,6 +79,7 @@ FP8 = [
     case("e4m3-d128-more-queries-than-keys", 128, (400, 77), (2, 1), causal=True),
     case("e4m3-d256-causal", (256, 144), (150, 4 * 128 + 33), causal=True),
     case("e4m3-one-query", (16, 32), (1, 33), (3, 1)),
+    case("e4m3-more-tiles-than-multiprocessors", (16, 32), (20, 33), (3, 1), batch=2),
 ]
 
 
