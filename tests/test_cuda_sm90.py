@@ -122,13 +122,19 @@ def test_invisible_keys_reach_nothing(dim: int, poison: float) -> None:
         assert_close_to_oracle(after, before, before.double(), "poisoned")
 
 
-def test_a_broken_key_reaches_who_sees_it() -> None:
-    q, k, v = (torch.randn(1, 1, 150, 64).half() for _ in range(3))
+@pytest.mark.parametrize("dim", [64, 56, 96])  # what the kernels have room for, less; rows of no whole 64
+def test_a_broken_key_reaches_who_sees_it(dim: int) -> None:
+    q, k, v, grad = (torch.randn(1, 1, 150, dim).bfloat16() for _ in range(4))
     v[0, 0, 70, 3] = math.nan
-    out = fastattn.attention(q, k, v, causal=True, backend="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = fastattn.attention(*leaves, causal=True, backend="cuda")
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    out = out.detach()
     assert out[0, 0, 70:, 3].isnan().all()
     out[0, 0, 70:, 3] = 0
     assert out.isfinite().all()
+    assert dq[0, 0, 70:].isnan().all() and dq[0, 0, :70].isfinite().all()
+    assert dk.isnan().all() and dv.isfinite().all()  # every key is seen by some query of which delta is NaN
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -111,6 +111,8 @@ def from_the_suite() -> list[tuple[str, Callable[[EmulatedBackend], None]]]:
                 lambda _, dim=dim: test_cuda_sm90.test_a_broken_sequence_leaves_its_neighbours_alone(dim),
             ),
         ]
+    for dim in (64, 56, 96):
+        found.append((f"broken-{dim}", lambda _, dim=dim: test_cuda_sm90.test_a_broken_key_reaches_who_sees_it(dim)))
     for dim in (64, 256):
         decoded = test_cuda_sm90.test_a_broken_key_reaches_the_decoded_queries_that_see_it
         found.append((f"broken-decode-{dim}", functools.partial(decoded, dim)))
