@@ -65,6 +65,10 @@ DECODE = [
     case("decode-d128-empty-splits", (120, 104), (16, 130), batch=2, used_k=(1, 130), num_splits=5),
     case("decode-d256-window", (200, 256), (2, 350), (6, 1), used_k=(333,), window=(150, 0), num_splits=3),
     case("decode-more-queries-than-keys", 64, (12, 70), used_k=(9,), causal=True),
+    case("decode-last-query-sees-a-tile-more", 64, (3, 65), (2, 1), causal=True),
+    case("decode-more-edges-than-a-split", 64, (2, 350), (2, 1), used_k=(333,), window=(150, 0), num_splits=5),
+    # A sum of weights is no maximum of scores, which are near 0 here: exp(-8 * 125) is 0.
+    case("decode-flat", 64, (1, 500), (2, 1), num_splits=1, used_k=(500,), magnitude=0.01, softmax_scale=8.0),
     packed("decode-packed", 64, (5, 0, 1, 3), (300, 20, 64, 70), heads_q=3, used_k=(300, 20, 50, 2), causal=True),
     packed("decode-pages", 64, (5, 0, 1, 3), None, heads_q=3, used_k=(20, 64, 2, 304), page_size=16, causal=True),
     case("decode-pages-split", 128, (1, 600), (8, 1), batch=2, used_k=(600, 77), page_size=128, num_splits=3),
