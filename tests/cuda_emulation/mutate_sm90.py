@@ -113,9 +113,9 @@ def from_the_suite() -> list[tuple[str, Callable[[EmulatedBackend], None]]]:
         ]
     for dim in (64, 56, 96):
         found.append((f"broken-{dim}", lambda _, dim=dim: test_cuda_sm90.test_a_broken_key_reaches_who_sees_it(dim)))
-    for dim in (64, 256):
+    for dim, keys in ((64, 300), (256, 300), (64, 4 * 64 + 1)):
         decoded = test_cuda_sm90.test_a_broken_key_reaches_the_decoded_queries_that_see_it
-        found.append((f"broken-decode-{dim}", functools.partial(decoded, dim)))
+        found.append((f"broken-decode-{dim}-{keys}", functools.partial(decoded, dim, keys)))
     return [
         *found,
         ("small-weights", test_cuda_fp8.test_many_small_weights_count_beside_a_large_one),
