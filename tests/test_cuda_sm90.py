@@ -137,6 +137,16 @@ def test_a_broken_key_reaches_who_sees_it(dim: int) -> None:
     assert dk.isnan().all() and dv.isfinite().all()  # every key is seen by some query of which delta is NaN
 
 
+def test_a_tile_of_keys_for_the_last_query_alone() -> None:
+    """None of the other 191 queries of its tile sees it."""
+    q, k, v = (torch.randn(1, 1, n, 64).bfloat16() for n in (192, 129, 129))
+    v[0, 0, 128, 3] = math.nan
+    out = fastattn.attention(q, k, v, causal=True, backend="cuda")
+    assert out[0, 0, 191, 3].isnan()
+    out[0, 0, 191, 3] = 0
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_what_lies_behind_the_last_key_has_no_effect(dim: int, emulated: EmulatedBackend) -> None:
     """Not on one bit, and so not on the time either: nothing is computed anew."""

@@ -36,6 +36,7 @@ CASES = [
     case("d64-wraps", 64, (193, 5 * 128), (4, 2)),
     case("d64-causal", 64, (200, 391), (2, 1), batch=2, causal=True),
     case("d64-more-queries-than-keys", 64, (300, 129), causal=True),
+    case("d64-last-key-has-a-tile-of-queries", 64, (129, 130), window=(1, 0), offset=0),  # key 127, seen by query 128
     case("d96-one-short", 96, (70, 2 * 128 - 1)),
     case("d96-window", 96, (190, 330), window=(70, 20), offset=60),
     case("d128-one-over", 128, (130, 2 * 176 + 1), (2, 1)),

@@ -118,6 +118,7 @@ def from_the_suite() -> list[tuple[str, Callable[[EmulatedBackend], None]]]:
         found.append((f"broken-decode-{dim}-{keys}", functools.partial(decoded, dim, keys)))
     return [
         *found,
+        ("last-query", lambda _: test_cuda_sm90.test_a_tile_of_keys_for_the_last_query_alone()),
         ("small-weights", test_cuda_fp8.test_many_small_weights_count_beside_a_large_one),
         ("small-scales", test_cuda_fp8.test_scales_that_vanish_together),
     ]
