@@ -86,7 +86,7 @@ AttentionParams forward_params(const py::tuple& call, uintptr_t dropout_seed, co
                                const py::object& v, const py::object& mask, const py::object& bias,
                                const py::object& tables, const py::object& out, const py::object& lse) {
     AttentionParams p{};
-    TupleReader reader(call, 25);
+    TupleReader reader(call, 26);
     p.dtype = static_cast<DType>(reader.integer());
     p.bias_dtype = static_cast<DType>(reader.integer());
     p.batch = reader.integer();
@@ -108,6 +108,7 @@ AttentionParams forward_params(const py::tuple& call, uintptr_t dropout_seed, co
     p.total_q = reader.integer();
     p.total_k = reader.integer();
     p.page_size = reader.integer();
+    p.num_pages = reader.integer();
     p.num_splits = reader.integer();
     p.dropout_seed = reinterpret_cast<const int64_t*>(dropout_seed);
     check(p.dropout_threshold == 0 || p.dropout_seed != nullptr, "dropout without a seed");

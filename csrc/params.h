@@ -55,6 +55,7 @@ struct AttentionParams {
     int64_t total_q;     // rows of packed q, out and lse; -1: not packed
     int64_t total_k;     // rows of packed k and v; -1: not packed, or paged
     int64_t page_size;   // keys to a page; 0: not paged
+    int64_t num_pages;   // of k and v; 0: not paged
     int64_t num_splits;  // parts that the keys are split into; 0: the kernel chooses
 
     // Packed: batch is 1 in these tensors and seqlen_q is total_q: query i of sequence b is row cu_seqlens_q[b] + i.

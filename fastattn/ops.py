@@ -89,6 +89,7 @@ def make_spec(t: Tensors, call: Call) -> AttentionSpec:
         seqused_k=t.seqused_k is not None,
         leftpad_k=t.leftpad_k is not None,
         page_size=t.k.shape[2] if paged else None,
+        num_pages=t.k.shape[0] if paged else 0,
         num_splits=num_splits,
         relative_offset=relative_offset,
     )

@@ -71,6 +71,7 @@ class AttentionSpec:
     seqused_k: bool = False  #: the number of keys is given per sequence, n_b = seqused_k[b]
     leftpad_k: bool = False
     page_size: int | None = None
+    num_pages: int = 0  #: of k and v, those that no sequence uses too; 0 when not paged
     num_splits: int = 0  #: parts that the keys are split into; 0: the kernel chooses
     relative_offset: bool = False  #: offset_b = offset + n_b - m_b (keys less queries of the sequence), else offset
 
@@ -103,6 +104,8 @@ class AttentionSpec:
     def is_empty(self) -> bool:
         """No output element, or no key to attend to: nothing for a kernel to do."""
         if self.packed and (self.total_q == 0 or (self.total_k == 0 and self.page_size is None)):
+            return True
+        if self.page_size is not None and self.num_pages == 0:
             return True
         return 0 in (self.batch, self.heads_q, self.heads_k, self.seqlen_q, self.seqlen_k, self.head_dim_v)
 

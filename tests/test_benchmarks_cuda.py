@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("rich")
+pytest.importorskip("pybind11")
+pytest.importorskip("ninja")
 
-from benchmarks import cuda
+from benchmarks import cuda, machine
 from benchmarks.__main__ import main
 from benchmarks.cuda_cells import (
     HEAD_DIMS,
@@ -27,12 +31,14 @@ from benchmarks.cuda_cells import (
     packed_forward,
     prepare,
 )
-from benchmarks.cuda_table import cell_table, groups, ratio_rows, section, variant_table
-from benchmarks.isolated import Child, Failure
+from benchmarks.cuda_table import cell_table, groups, print_tables, ratio_rows, section, variant_table
+from benchmarks.isolated import Child, Failure, Pulse
 from benchmarks.peers import Case
 from benchmarks.rows import Results, Row
 from fastattn import reference
+from fastattn.backends import cuda as backend
 from tests.child_jobs import Crash, InProcess, serve
+from tests.cuda_emulation.backend import EmulatedBackend
 from tests.tolerance import FLOAT64, assert_close_to_oracle
 
 CPU = torch.device("cpu")
@@ -96,6 +102,42 @@ def test_a_batch_is_packed_sequences_of_one_length() -> None:
     names = [c.name for c in contenders(Cell(case), torch.device("cuda"))]
     assert "fastattn cuda packed" in names
     assert "fastattn cuda packed" not in [c.name for c in contenders(Cell(SMALL), torch.device("cuda"))]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="CUDA kernels are compiled for the emulator: no C++ compiler")
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell(Case(2, 2, 40, 40, 64, causal=True, heads_k=1)),
+        Cell(SMALL, "backward"),
+        Cell(SMALL, "backward", True),
+        Cell(Case(1, 4, 1, 90, 128, heads_k=2)),
+        Cell(Case(1, 2, 40, 40, 64), e4m3=True),
+    ],
+    ids=str,
+)
+def test_every_contender_of_ours_on_the_emulator(
+    cell: Cell, hopper: None, emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch, in_process: type[InProcess]
+) -> None:
+    """Of a Hopper GPU: each is called as it will be there, found right, and timed, whatever that says here."""
+    monkeypatch.setattr(backend, "_capability", lambda device: (9, 0))
+    entries = [e for e in contenders(cell, torch.device("cuda")) if e.name.startswith("fastattn cuda")]
+    assert [e.blank for e in entries] == [None] * len(entries)
+    names = {e.name.split(" (")[0] for e in entries}
+    if cell.case.seqlen_q > 1 and cell.direction == "forward" and not cell.e4m3:
+        every = {f"fastattn cuda{kind}{rest}" for kind in ("", " packed") for rest in ("", " sm80", " sm90 v0")}
+        assert names == every - {"fastattn cuda packed sm90 v0"}  # which packed sequences never get
+
+    def who(cell: Cell, device: torch.device) -> list[Contender]:
+        return entries
+
+    try:
+        rows, _ = cuda.serve(cuda.Job(cell, 0.02, {}, True), Pulse(multiprocessing), "cpu", who)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [row.blank for row in rows] == [{}] * len(entries)
+    assert all(row.median_ms and row.max_error is not None for row in rows)
+    print_tables(Results(machine.describe(CPU, []), rows))
 
 
 def test_environment_is_put_back() -> None:

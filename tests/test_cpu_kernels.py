@@ -231,16 +231,20 @@ def test_the_same_bits_whatever_the_threads(name: str, dtype: torch.dtype) -> No
 def test_threads_are_those_that_torch_has() -> None:
     """OpenMP's on Linux: torch's next operation finds them, and none stands beside them."""
     code = (
-        "import os, torch, fastattn\n"
+        "import os, time, torch, fastattn\n"
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         "x = torch.randn(1, 1, 400, 64)\n"
         "first = count()\n"
+        "def show(expected):\n"
+        "    end = time.monotonic() + 10\n"
+        "    while count() - first != expected and time.monotonic() < end: time.sleep(0.01)  # threads take time to end\n"
+        "    print(count() - first)\n"
         "for threads in (1, 3, 2):\n"
         "    torch.set_num_threads(threads)\n"
         "    fastattn.attention(x, x, x, backend='cpu')\n"
-        "    print(count() - first)\n"
+        "    show(threads - 1)\n"
         "torch.nn.functional.scaled_dot_product_attention(x, x, x)\n"
-        "print(count() - first)\n"
+        "show(1)\n"
     )
     if not Path("/proc/self/task").exists():
         pytest.skip("threads are counted in /proc, which only Linux has")

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,47 @@ def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
     for probe in PROBES[:3]:
         words, out = record.read(path)[probe.name]
         assert torch.equal(words, probe.words) and torch.equal(out, probe.expected)
+
+
+def test_recording_is_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulator: Emulator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program that runs on a GPU, here with the emulator in its place; nvcc's part is below, where it is there."""
+
+    original = probing.run
+
+    def run(function: Any, probe: Probe, out: torch.Tensor) -> None:
+        emulator.forget()
+        emulator.register(probe.words, "in")
+        emulator.register(out, "out", writable=True, initialised=False)
+        original(function, probe, out)
+
+    for name, value in (
+        ("is_available", True),
+        ("get_device_capability", (9, 0)),
+        ("get_device_name", "NVIDIA H100"),
+        ("synchronize", None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    monkeypatch.setattr(record, "compile_probes", lambda folder, capability: emulator.module.__file__)
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    monkeypatch.setattr(probing, "run", run)
+    record.main()
+    emulator.forget()
+    assert "nvidia-h100.npz" in capsys.readouterr().out
+    for name, (words, out) in record.read(tmp_path / "nvidia-h100.npz").items():
+        probe = next(probe for probe in PROBES if probe.name == name)
+        assert torch.equal(words, probe.words)
+        probe.check(out, probe.expected, "what was recorded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_probes_compile_for_a_gpu(capability: tuple[int, int], tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no CUDA compiler on this machine")
+    probing.declare(ctypes.CDLL(str(record.compile_probes(tmp_path, capability))))
 
 
 # What is read too early was either never written or written by a warp that is not waited for: the order decides.
@@ -275,3 +317,5 @@ def test_what_the_sanitizer_says(said: str, code: int, errors: int | None, clean
 
 def test_sanitizer_cases_exist() -> None:
     assert set(sanitize.NAMES.split()) <= {case.name for case in CASES}
+    assert set(sanitize.DEFAULT_CASES) <= {name for known in sanitize.KNOWN.values() for name in known}
+    assert set(sanitize.KNOWN[torch.float8_e4m3fn]) <= set(sanitize.DEFAULT_CASES)

@@ -24,6 +24,7 @@ if shutil.which("c++") is None:
     pytest.skip("CUDA kernels are compiled for the emulator: no C++ compiler here", allow_module_level=True)
 
 from tests.cuda_emulation.backend import EmulatedBackend
+from tests.cuda_emulation.hopper_borders import REFUSED, Layout, check_refused
 from tests.cuda_emulation.hopper_cases import FP8 as CASES
 
 pytestmark = pytest.mark.usefixtures("hopper")
@@ -31,11 +32,16 @@ pytestmark = pytest.mark.usefixtures("hopper")
 T = TypeVar("T")
 
 
-def run_e4m3(emulated: EmulatedBackend, function: Callable[..., T], *tensors: torch.Tensor, **options: Any) -> T:
+def run_e4m3(
+    emulated: EmulatedBackend, function: Callable[..., T], *tensors: torch.Tensor, anew: bool = False, **options: Any
+) -> T:
     """``function`` on the CUDA backend, which would otherwise widen in silence what its e4m3 kernel does not take."""
     emulated.emulator.statistics()
     found = function(*tensors, backend="cuda", **options)
-    assert emulated.emulator.statistics().wgmma > 0, "another forward ran"
+    used = emulated.emulator.statistics()
+    assert used.wgmma > 0, "another forward ran"
+    if not anew:
+        assert used.switches < 1000 * used.wgmma, "rows were computed anew, as the kernel does where one is NaN"
     return found
 
 
@@ -76,7 +82,7 @@ def test_a_broken_key_reaches_the_queries_that_see_it_alone(dim: int, emulated: 
     call = Quantised.of(Case("broken", 1, 2, 1, 200, 200, dim, dim, causal=True, offset=-40).make(torch.bfloat16))
     naive, oracle = call.naive(), call.oracle()
     call.v.view(torch.uint8)[0, 0, 70, 3], call.k.view(torch.uint8)[0, 0, 150] = 0x7F, 0x7F
-    out, lse = run_e4m3(emulated, call.run).values()
+    out, lse = run_e4m3(emulated, call.run, anew=True).values()
     broken = torch.zeros(200, dim, dtype=torch.bool)
     broken[110:, 3], broken[190:] = True, True
     assert torch.equal(out.isnan(), broken.expand_as(out)) and torch.equal(lse.isnan(), broken[:, 0].expand_as(lse))
@@ -120,6 +126,11 @@ def test_other_layouts_are_copied(emulated: EmulatedBackend) -> None:
     dense = [x.contiguous() for x in (q, k.expand(2, -1, -1, -1), v)]
     assert torch.equal(actual, run_e4m3(emulated, fastattn.attention_fp8, *dense))
     assert actual.stride(1) < actual.stride(2)
+
+
+@pytest.mark.parametrize("layout", REFUSED, ids=lambda layout: layout.name)
+def test_the_kernel_refuses_what_it_could_not_read(layout: Layout) -> None:
+    check_refused(layout)
 
 
 def test_what_runs_is_said(

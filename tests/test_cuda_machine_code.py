@@ -226,6 +226,21 @@ def test_softmax_runs_beside_the_product(kernel: str) -> None:
         assert all(count >= OVERLAPPED[kernel] // 2 for count in exponentials), f"{name}: {exponentials}"
 
 
+@pytest.mark.parametrize("kernel", [f"backward-{dtype}-{dim}" for dtype in ("Half", "BFloat16") for dim in (64, 128)])
+def test_p_and_ds_are_computed_beside_products(kernel: str) -> None:
+    """In both loops, between the wait for S and the one for dP (one group behind each is in flight) all 32 weights of a
+    thread are computed and the product with dO is issued, so that dS, which comes next, runs beside that."""
+    for name, code in machine_code(hopper_object(kernel), "90a").items():
+        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
+        parts = [(waits[n], waits[n + 1], waits[n + 2]) for n in range(1, len(waits) - 2, 2)]
+        found = [(before, between, after) for before, between, after in parts if "MUFU.EX2" in between]
+        assert len(found) == (2 if "GMMA" in code else 0), name
+        for before, between, after in found:
+            assert before == after == "1", name
+            assert len(re.findall("MUFU.EX2", between)) == 32 and len(re.findall("HGMMA", between)) == 4, name
+            assert "HGMMA" not in between[: between.index("MUFU.EX2")], name
+
+
 #: Probe source -> architecture, and the opcodes that its wrappers stand for.
 WRAPPERS = {
     "sm80": (

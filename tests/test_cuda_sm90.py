@@ -21,7 +21,9 @@ pytest.importorskip("ninja")
 if shutil.which("c++") is None:
     pytest.skip("CUDA kernels are compiled for the emulator: no C++ compiler here", allow_module_level=True)
 
+from tests.cuda_emulation import sanitize
 from tests.cuda_emulation.backend import EmulatedBackend
+from tests.cuda_emulation.hopper_borders import BORDERS, LAYOUTS, Border, Layout, check_layout, check_variants
 from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, packed, spoil_unused_keys
 from tests.cuda_emulation.hopper_cases import case as make_case
 
@@ -29,6 +31,10 @@ pytestmark = pytest.mark.usefixtures("hopper")
 
 WIDTHS = [64, 128, (192, 128), 256]  # of queries, and of values where they differ
 DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
+
+
+#: Of threads to a product, at most. To compute rows anew, as the kernels do where one is NaN, takes thousands.
+TURNS = 1000
 
 
 def tensor_dims(dims: int | tuple[int, int]) -> tuple[int, int, int, int]:
@@ -63,6 +69,7 @@ def test_case(case: Case, emulated: EmulatedBackend) -> None:
         used = emulated.emulator.statistics()
         assert used.wgmma > 0, "another forward ran"
         assert used.mma == 0, "another backward ran"
+        assert used.switches < TURNS * used.wgmma, "rows were computed anew"
         for name, value in actual.items():
             assert_close_to_oracle(value, naive[name], oracle[name], f"{case.name} {name}, order {seed}")
         first = first or actual
@@ -103,22 +110,23 @@ def test_decode(case: Case, emulated: EmulatedBackend) -> None:
         actual = decode(inputs)
         used = emulated.emulator.statistics()
         assert used.bulk_copies > 0 and used.wgmma == 0 and used.ldmatrix_conflicts == 0
+        assert used.switches < TURNS * used.mma, "rows were computed anew"
         for name in ("out", "lse"):
             assert_close_to_oracle(actual[name], naive[name], oracle[name], f"{case.name} {name}, order {seed}")
             assert torch.equal(first.setdefault(name, actual[name]), actual[name]), f"{name} depends on the order"
 
 
-@pytest.mark.parametrize("dim", [64, 256])
-def test_a_broken_key_reaches_the_decoded_queries_that_see_it(dim: int, emulated: EmulatedBackend) -> None:
-    q, k, v = (torch.randn(1, heads, n, dim).half() for heads, n in ((3, 4), (1, 300), (1, 300)))
-    v[0, 0, 298, 3], k[0, 0, 299] = math.inf, math.nan
+@pytest.mark.parametrize(("dim", "keys"), [(64, 300), (256, 300), (64, 4 * 64 + 1)])  # the last tile is of one query
+def test_a_broken_key_reaches_the_decoded_queries_that_see_it(dim: int, keys: int, emulated: EmulatedBackend) -> None:
+    q, k, v = (torch.randn(1, heads, n, dim).half() for heads, n in ((3, 4), (1, keys), (1, keys)))
+    v[0, 0, -2, 3], k[0, 0, -1] = math.inf, math.nan
     out, lse = fastattn.attention(q, k, v, causal=True, backend="cuda", return_lse=True)
     assert emulated.emulator.statistics().bulk_copies > 0
     assert out[:, :, 3].isnan().all() and lse[:, :, 3].isnan().all()
     assert out[:, :, 2, 3].isinf().all()
     out[:, :, 2, 3] = 0
     assert out[:, :, :3].isfinite().all() and lse[:, :, :3].isfinite().all()
-    part = reference.attention(q[:, :, :2], k[:, :, :298], v[:, :, :298], causal=True)
+    part = reference.attention(q[:, :, :2], k[:, :, :-2], v[:, :, :-2], causal=True)
     assert_close_to_oracle(out[:, :, :2], part, part.double(), "the queries before")
 
 
@@ -140,12 +148,28 @@ def test_invisible_keys_reach_nothing(dims: int | tuple[int, int], poison: float
         assert_close_to_oracle(after, before, before.double(), "poisoned")
 
 
-def test_a_broken_key_reaches_who_sees_it() -> None:
-    q, k, v = (torch.randn(1, 1, 150, 64).half() for _ in range(3))
+@pytest.mark.parametrize("dim", [64, 56, 96])  # what the kernels have room for, less; rows of no whole 64
+def test_a_broken_key_reaches_who_sees_it(dim: int) -> None:
+    q, k, v, grad = (torch.randn(1, 1, 150, dim).bfloat16() for _ in range(4))
     v[0, 0, 70, 3] = math.nan
-    out = fastattn.attention(q, k, v, causal=True, backend="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = fastattn.attention(*leaves, causal=True, backend="cuda")
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    out = out.detach()
     assert out[0, 0, 70:, 3].isnan().all()
     out[0, 0, 70:, 3] = 0
+    assert out.isfinite().all()
+    assert dq[0, 0, 70:].isnan().all() and dq[0, 0, :70].isfinite().all()
+    assert dk.isnan().all() and dv.isfinite().all()  # every key is seen by some query of which delta is NaN
+
+
+def test_a_tile_of_keys_for_the_last_query_alone() -> None:
+    """None of the other 191 queries of its tile sees it."""
+    q, k, v = (torch.randn(1, 1, n, 64).bfloat16() for n in (192, 129, 129))
+    v[0, 0, 128, 3] = math.nan
+    out = fastattn.attention(q, k, v, causal=True, backend="cuda")
+    assert out[0, 0, 191, 3].isnan()
+    out[0, 0, 191, 3] = 0
     assert out.isfinite().all()
 
 
@@ -228,7 +252,40 @@ def test_what_runs_is_said_and_can_be_chosen(
     assert emulated.emulator.statistics().wgmma == 0
 
 
-def test_other_layouts_are_left_to_another_kernel(emulated: EmulatedBackend) -> None:
-    q, k, v = (torch.randn(1, 1, 40, 65).half()[..., 1:] for _ in range(3))
-    fastattn.attention(q, k, v, backend="cuda")
-    assert emulated.emulator.statistics().wgmma == 0
+@pytest.mark.parametrize("border", BORDERS, ids=lambda b: f"{b.case.name}-{b.case.head_dim_qk}-{b.said[-40:]}")
+def test_who_runs_a_call_at_the_border(border: Border, emulated: EmulatedBackend) -> None:
+    border.check(emulated)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layouts(layout: Layout, deterministic: bool, emulated: EmulatedBackend) -> None:
+    with one_order(deterministic):
+        check_layout(layout, emulated)
+
+
+def test_variants() -> None:
+    check_variants()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [
+        (torch.bfloat16, ["plain", "d96-window", "decode-pages"]),
+        (torch.float16, ["packed-d64-causal"]),
+        (torch.float32, ["plain"]),
+        (torch.float8_e4m3fn, ["plain", "e4m3-one-query"]),
+    ],
+)
+def test_what_compute_sanitizer_is_to_watch_runs(
+    dtype: torch.dtype, names: list[str], monkeypatch: pytest.MonkeyPatch, emulated: EmulatedBackend
+) -> None:
+    """Both the Hopper kernels and those before, where a type has both."""
+    monkeypatch.setenv("FASTATTN_CUDA_KERNELS", "")
+    try:
+        sanitize.run_cases(dtype, names, "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    used = emulated.emulator.statistics()
+    assert (used.wgmma > 0) == (dtype is not torch.float32)
+    assert (used.mma > 0) == (dtype in (torch.bfloat16, torch.float16))

@@ -45,6 +45,7 @@ def pack_call(spec: AttentionSpec) -> tuple[float, ...]:
         spec.total_q if spec.packed else -1,
         spec.total_k if spec.packed and spec.page_size is None else -1,
         spec.page_size or 0,
+        spec.num_pages,
         spec.num_splits,
     )
 

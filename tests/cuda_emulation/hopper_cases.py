@@ -36,6 +36,7 @@ CASES = [
     case("d64-wraps", 64, (193, 5 * 128), (4, 2)),
     case("d64-causal", 64, (200, 391), (2, 1), batch=2, causal=True),
     case("d64-more-queries-than-keys", 64, (300, 129), causal=True),
+    case("d64-last-key-has-a-tile-of-queries", 64, (129, 130), window=(1, 0), offset=0),  # key 127, seen by query 128
     case("d96-one-short", 96, (70, 2 * 128 - 1)),
     case("d96-window", 96, (190, 330), window=(70, 20), offset=60),
     case("d128-one-over", 128, (130, 2 * 176 + 1), (2, 1)),
@@ -75,6 +76,9 @@ DECODE = [
     case("decode-d128-empty-splits", (120, 104), (16, 130), batch=2, used_k=(1, 130), num_splits=5),
     case("decode-d256-window", (200, 256), (2, 350), (6, 1), used_k=(333,), window=(150, 0), num_splits=3),
     case("decode-more-queries-than-keys", 64, (12, 70), used_k=(9,), causal=True),
+    case("decode-more-edges-than-a-split", 64, (2, 350), (2, 1), used_k=(333,), window=(150, 0), num_splits=5),
+    # A sum of weights is no maximum of scores, which are near 0 here: exp(-8 * 125) is 0.
+    case("decode-flat", 64, (1, 500), (2, 1), num_splits=1, used_k=(500,), magnitude=0.01, softmax_scale=8.0),
     packed("decode-packed", 64, (5, 0, 1, 3), (300, 20, 64, 70), heads_q=3, used_k=(300, 20, 50, 2), causal=True),
     packed("decode-pages", 64, (5, 0, 1, 3), None, heads_q=3, used_k=(20, 64, 2, 304), page_size=16, causal=True),
     case("decode-pages-split", 128, (1, 600), (8, 1), batch=2, used_k=(600, 77), page_size=128, num_splits=3),
@@ -89,6 +93,7 @@ FP8 = [
     case("e4m3-d128-more-queries-than-keys", 128, (400, 77), (2, 1), causal=True),
     case("e4m3-d256-causal", (256, 144), (150, 4 * 128 + 33), causal=True),
     case("e4m3-one-query", (16, 32), (1, 33), (3, 1)),
+    case("e4m3-more-tiles-than-multiprocessors", (16, 32), (20, 33), (3, 1), batch=2),
 ]
 
 
@@ -100,9 +105,10 @@ def spoil_unused_keys(inputs: Inputs) -> None:
 
 def decode(inputs: Inputs) -> dict[str, Tensor]:
     """out and lse of a case with key lengths, on the CUDA backend; 0 for queries behind the end of a sequence."""
-    nothing = dict.fromkeys(("mask", "bias", "sinks", "softmax_scale", "dropout_seed"))
+    nothing = dict.fromkeys(("mask", "bias", "sinks", "dropout_seed"))
     with torch.no_grad():
-        options = {**nothing, "dropout_p": 0.0, **inputs.shaping, "backend": "cuda"}
+        given = {"dropout_p": 0.0, "softmax_scale": inputs.case.softmax_scale, "backend": "cuda"}
+        options = {**nothing, **given, **inputs.shaping}
         out, lse = ragged.attend(inputs, inputs.q, inputs.k, inputs.v, **options)
     if (lengths := inputs.lengths["seqlens_q"]) is not None:
         real = torch.arange(inputs.case.seqlen_q) < lengths[:, None, None]

@@ -3,12 +3,14 @@
     python -m tests.cuda_emulation.sanitize [--tools memcheck racecheck] [--cases plain d64] [--out benchmarks/out]
 
 Small calls that reach every kernel and every row of the tables of tiles, forward and backward, dQ in one order and by
-atomics. A row for each tool and type goes to ``sanitizer.json`` in the folder.
+atomics; where there are Hopper kernels, once with and once without them. A row for each tool and type goes to
+``sanitizer.json`` in the folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -21,15 +23,29 @@ from typing import Any
 import torch
 
 from tests.cases import CASES
+from tests.cuda_emulation import hopper_cases
 from tests.cuda_emulation.build import ROOT
 from tests.cuda_emulation.shapes import SHAPES, SIMT_SHAPES
+from tests.fp8 import Quantised
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NAMES = (
     "plain window gqa mask_blind_rows bias_shared_heads bias_mask_causal dropout_causal_gqa layout_strided sinks "
     "packed_causal packed_used paged_used_causal splits"
 )
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EIGHT_BITS = torch.float8_e4m3fn
+#: Type -> cases by name; on e4m3 those of the kernel for it.
+KNOWN = {
+    dtype: {case.name: case for case in found}
+    for dtype, found in {
+        torch.bfloat16: [*CASES, *SHAPES, *hopper_cases.CASES, *hopper_cases.DECODE],
+        torch.float16: [*CASES, *SHAPES, *hopper_cases.CASES, *hopper_cases.DECODE],
+        torch.float32: [*CASES, *SIMT_SHAPES],
+        EIGHT_BITS: hopper_cases.FP8,
+    }.items()
+}
+MADE_FOR_KERNELS = [*SHAPES, *SIMT_SHAPES, *hopper_cases.CASES, *hopper_cases.DECODE, *hopper_cases.FP8]
+DEFAULT_CASES = list(dict.fromkeys([*NAMES.split(), *(case.name for case in MADE_FOR_KERNELS)]))
 ERROR = 86  # the tool's exit code where it found something
 SECONDS = 1200
 SUMMARY = re.compile(r"^=+ (?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)", re.M)
@@ -47,20 +63,25 @@ def found(said: str) -> int | None:
     return max(counts) if counts else None
 
 
-def run_cases(dtype: torch.dtype, names: list[str]) -> None:
+def run_cases(dtype: torch.dtype, names: list[str], device: str = "cuda") -> None:
     """What the tool watches: every call that the backend takes, once with dQ in one order and once by atomics."""
     import fastattn
     from fastattn.dispatch import get_backend
 
-    known = {case.name: case for case in [*CASES, *(SIMT_SHAPES if dtype is torch.float32 else SHAPES)]}
-    for name in filter(known.__contains__, names):
-        inputs = known[name].make(dtype, "cuda")
+    hopper = dtype is not torch.float32 and (device != "cuda" or torch.cuda.get_device_capability() == (9, 0))
+    for name in filter(KNOWN[dtype].__contains__, names):
+        if dtype is EIGHT_BITS:
+            Quantised.of(KNOWN[dtype][name].make(torch.bfloat16, device)).run(backend="cuda")
+            continue
+        inputs = KNOWN[dtype][name].make(dtype, device)
         if get_backend("cuda").unsupported_reasons(inputs.spec()):
             continue
-        for deterministic in (True, False):
+        for kernels, deterministic in itertools.product(("sm90", "sm80") if hopper else ("sm80",), (True, False)):
+            os.environ["FASTATTN_CUDA_KERNELS"] = kernels  # looked at in every call
             torch.use_deterministic_algorithms(deterministic, warn_only=True)
             inputs.run(fastattn.attention, backend="cuda")
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def watch(tool: str, name: str, dtype: torch.dtype, names: list[str]) -> dict[str, Any]:
@@ -83,7 +104,7 @@ def watch(tool: str, name: str, dtype: torch.dtype, names: list[str]) -> dict[st
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS[:3]))
-    parser.add_argument("--cases", nargs="+", default=[*NAMES.split(), *(c.name for c in [*SHAPES, *SIMT_SHAPES])])
+    parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -101,7 +122,9 @@ def main() -> int:
 
     rows = []
     for name in options.tools:
-        for dtype in DTYPES:
+        for dtype in KNOWN:
+            if dtype is EIGHT_BITS and torch.cuda.get_device_capability() != (9, 0):
+                continue
             rows.append(watch(tool, name, dtype, list(dict.fromkeys(options.cases))))
             print(f"{name} {rows[-1]['dtype']}: {rows[-1]['errors']} errors\n{rows[-1]['said']}", flush=True)
     path = options.out / "sanitizer.json"

@@ -260,7 +260,7 @@ private:
         const uint32_t ds = scores + stage * Scores::kBytes;  // the other ones may still be read
         const uint32_t shared_weights = weights + stage * Scores::kBytes;
         float s[kCount], dp[kCount];
-        Fragments a, da;
+        Fragments a, kept, da;
 
         mbarrier_wait(q_full(stage), place.parity);
         multiply_rows<Keys, Queries>(s, k, q_tile, group);
@@ -280,34 +280,46 @@ private:
         const float unit = static_cast<float>(p.softmax_scale) * kLog2E;
 
         wgmma_wait<1>(s);
+        // dV += P^T dO, of 16 queries as soon as their P is there: P is computed beside dP^T, dS^T beside dV, and as
+        // each depends on what is before it, the compiler cannot move them behind the next wait.
 #pragma unroll
-        for (int c = 0; c < kQueries / 8; ++c) {
-            const Float2 lse = load_shared<Float2>(row_address(stage) + 4 * (8 * c + column));
+        for (int step = 0; step < kQueries / 16; ++step) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& x = s[4 * c + 2 * half];
-                float& y = s[4 * c + 2 * half + 1];
-                x = exp2_approx(fmaf(x, unit, -lse.x));
-                y = exp2_approx(fmaf(y, unit, -lse.y));
-                if (kMasked && !(visible >> (16 * half + 2 * c) & 1)) x = 0.f;
-                if (kMasked && !(visible >> (16 * half + 2 * c + 1) & 1)) y = 0.f;
+            for (int c = 2 * step; c < 2 * step + 2; ++c) {
+                const Float2 lse = load_shared<Float2>(row_address(stage) + 4 * (8 * c + column));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float& x = s[4 * c + 2 * half];
+                    float& y = s[4 * c + 2 * half + 1];
+                    x = exp2_approx(fmaf(x, unit, -lse.x));
+                    y = exp2_approx(fmaf(y, unit, -lse.y));
+                    if (kMasked && !(visible >> (16 * half + 2 * c) & 1)) x = 0.f;
+                    if (kMasked && !(visible >> (16 * half + 2 * c + 1) & 1)) y = 0.f;
+                }
+            }
+            pack_operand<T>(a[step], s, step);
+            // From here on only the rounded P: S, dP, dK and dV leave no registers for both.
+#pragma unroll
+            for (int r = 0; r < 4; ++r) kept[step][r] = a[step][r];  // a is not to be touched before the wait for dV
+            if constexpr (!kWide) {
+                wgmma_fence();
+                wgmma_rs<T, kValueDim, true>(dv, a[step], Grads::mn_major(grad_tile, 0, step), true);
             }
         }
-        // From here on only the rounded P: S, dP, dK and dV leave no registers for both.
-#pragma unroll
-        for (int step = 0; step < kQueries / 16; ++step) pack_operand<T>(a[step], s, step);
         if constexpr (kWide) {
             share(shared_weights, a, group);
             multiply_columns<Grads>(dv, shared_weights, grad_tile, value_col(group));
+        } else {
+            wgmma_commit();
         }
 
-        wgmma_wait<kWide ? 1 : 0>(dp);
+        wgmma_wait<1>(dp);
 #pragma unroll
         for (int c = 0; c < kQueries / 8; ++c) {
             const Float2 delta = load_shared<Float2>(row_address(stage) + 4 * (kTile.queries + 8 * c + column));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const Float2 weight = unpack<T>(a[c / 2][c % 2 * 2 + half]);
+                const Float2 weight = unpack<T>(kept[c / 2][c % 2 * 2 + half]);
                 float& x = dp[4 * c + 2 * half];
                 float& y = dp[4 * c + 2 * half + 1];
                 x = weight.x * (x - delta.x);  // invisible: 0, or NaN, which redo() contains
@@ -335,22 +347,19 @@ private:
                     add_dq(dq, group, h, tile, key_col(group) + kPartCols);
                 }
             }
+        } else if (p.deterministic) {
+            multiply_columns<Queries>(dk, da, q_tile);
         } else {
-            multiply_columns<Grads>(dv, a, grad_tile);
-            if (p.deterministic) {
+            share(ds, da, group);
+            if (kHeadDim == 128 || group == stage) {
+                const int col = kHeadDim == 128 ? 64 * group : 0;
+                float dq[32];
+                multiply_scores(dq, ds, col);
                 multiply_columns<Queries>(dk, da, q_tile);
+                wgmma_wait<1>(dv, dq);
+                add_dq(dq, group, h, tile, col);
             } else {
-                share(ds, da, group);
-                if (kHeadDim == 128 || group == stage) {
-                    const int col = kHeadDim == 128 ? 64 * group : 0;
-                    float dq[32];
-                    multiply_scores(dq, ds, col);
-                    multiply_columns<Queries>(dk, da, q_tile);
-                    wgmma_wait<1>(dv, dq);
-                    add_dq(dq, group, h, tile, col);
-                } else {
-                    multiply_columns<Queries>(dk, da, q_tile);
-                }
+                multiply_columns<Queries>(dk, da, q_tile);
             }
         }
         wgmma_wait<0>(dv, dk);

@@ -73,7 +73,7 @@ std::string query_reason(const char* name, const AttentionParams& p, const Tenso
     return layout_reason(name, x, batches_q(p), p.heads_q, rows_q(p));
 }
 std::string key_reason(const char* name, const AttentionParams& p, const Tensor4& x) {
-    if (p.page_size != 0) return layout_reason(name, x, 2, p.heads_k, p.page_size);
+    if (p.page_size != 0) return layout_reason(name, x, p.num_pages, p.heads_k, p.page_size);
     return layout_reason(name, x, batches_k(p), p.heads_k, rows_k(p));
 }
 

@@ -21,10 +21,10 @@ template <typename Tile>
 TensorMap query_map(const AttentionParams& p, const Tensor4& x, int64_t dim, int rows) {
     return tensor_map<Tile>(p.dtype, x, batches_q(p), p.heads_q, rows_q(p), dim, rows);
 }
-// Pages: as many as a number of the block table can say, since nothing says how many there are.
+// Pages: a number of the block table that no page has copies zeros.
 template <typename Tile>
 TensorMap key_map(const AttentionParams& p, const Tensor4& x, int64_t dim, int rows) {
-    if (p.page_size != 0) return tensor_map<Tile>(p.dtype, x, 0x7fffffff, p.heads_k, p.page_size, dim, rows);
+    if (p.page_size != 0) return tensor_map<Tile>(p.dtype, x, p.num_pages, p.heads_k, p.page_size, dim, rows);
     return tensor_map<Tile>(p.dtype, x, batches_k(p), p.heads_k, rows_k(p), dim, rows);
 }
 
