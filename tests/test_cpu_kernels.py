@@ -229,7 +229,7 @@ def test_the_same_bits_whatever_the_threads(name: str, dtype: torch.dtype) -> No
 
 
 def test_threads_are_those_that_torch_has() -> None:
-    """OpenMP's on Linux: torch's next operation finds them, and none stands beside them."""
+    """OpenMP's on Linux: torch's next operation finds them, and none stands beside them. Threads take time to end."""
     code = (
         "import os, time, torch, fastattn\n"
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
@@ -237,7 +237,7 @@ def test_threads_are_those_that_torch_has() -> None:
         "first = count()\n"
         "def show(expected):\n"
         "    end = time.monotonic() + 10\n"
-        "    while count() - first != expected and time.monotonic() < end: time.sleep(0.01)  # threads take time to end\n"
+        "    while count() - first != expected and time.monotonic() < end: time.sleep(0.01)\n"
         "    print(count() - first)\n"
         "for threads in (1, 3, 2):\n"
         "    torch.set_num_threads(threads)\n"
