@@ -41,8 +41,8 @@ def cache_bytes() -> int:
     """The size of the first core's largest cache; 0 where the system does not say."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        number, unit = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip()).groups()  # type: ignore[union-attr]
-        sizes.append(int(number) << {"": 0, "K": 10, "M": 20}[unit])
+        if found := re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip()):
+            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]])
     return max(sizes)
 
 

@@ -167,6 +167,17 @@ def varlen_pages(keys: Tensor, values: Tensor) -> Any:
     return fastattn.attention_varlen(ROWS, *pages, CU, seqused_k=USED, block_table=TABLE)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_without_pages_nothing_is_seen(backend: str) -> None:
+    queries, pages, none = torch.randn(4, 2, 8), torch.empty(0, 4, 2, 8), torch.zeros(2, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 2, 4], dtype=torch.int32)
+    out, lse = fastattn.attention_varlen(
+        queries, pages, pages, cu_seqlens, seqused_k=none, block_table=none[:, None], return_lse=True, backend=backend
+    )
+    assert out.shape == queries.shape and not out.any()
+    assert lse.isneginf().all()
+
+
 def shaped(**options: Any) -> Any:
     return fastattn.attention(Q, CACHE, CACHE, **options)
 

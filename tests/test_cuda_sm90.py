@@ -24,17 +24,13 @@ if shutil.which("c++") is None:
 from tests.cuda_emulation import sanitize
 from tests.cuda_emulation.backend import EmulatedBackend
 from tests.cuda_emulation.hopper_borders import BORDERS, LAYOUTS, Border, Layout, check_layout, check_variants
-from tests.cuda_emulation.hopper_cases import CASES, DECODE, decode, packed, spoil_unused_keys
+from tests.cuda_emulation.hopper_cases import CASES, DECODE, TURNS, decode, packed, spoil_unused_keys
 from tests.cuda_emulation.hopper_cases import case as make_case
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
 WIDTHS = [64, 128, (192, 128), 256]  # of queries, and of values where they differ
 DTYPES = {c.name: (torch.bfloat16, torch.float16)[n % 2] for n, c in enumerate(CASES + DECODE)}
-
-
-#: Of threads to a product, at most. To compute rows anew, as the kernels do where one is NaN, takes thousands.
-TURNS = 1000
 
 
 def tensor_dims(dims: int | tuple[int, int]) -> tuple[int, int, int, int]:

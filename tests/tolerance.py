@@ -57,11 +57,11 @@ def assert_rounded_alike(actual: Tensor, expected: Tensor, name: str = "result")
 def assert_rms_explained(actual: Tensor, rounded: Tensor, oracle: Tensor, name: str = "result") -> None:
     """``rms(actual - oracle) <= 1.1 rms(rounded - oracle) + 8 eps max|oracle|``, eps being float32's: a second rule.
 
-    For kernels that round an operand on purpose, weights to e4m3, of which ``rounded`` is a model: the first rule's
-    8 eps of a bfloat16 result are 1/16 of its size, and would hide a rounding too many. The kernel rounds the same
-    weights up to its running maximum, so the two errors are samples of one distribution and not equal; the RMS of n of
-    them strays by 1 / sqrt(2 n) of itself, and n is in the hundreds where there are several tiles: 1.1 is two or more
-    of that. Sums are in float32 in both, hence its eps.
+    For kernels that round an operand on purpose, weights to e4m3 or weights and dS to bfloat16, of which ``rounded`` is
+    a model: the first rule's 8 eps of a bfloat16 result are 1/16 of its size, and would hide a rounding too many. The
+    kernel rounds the same weights up to its running maximum, so the two errors are samples of one distribution and not
+    equal; the RMS of n of them strays by 1 / sqrt(2 n) of itself, and n is in the hundreds where there are several
+    tiles: 1.1 is two or more of that. Sums are in float32 in both, hence its eps.
     """
     finite = oracle.isfinite()
     wide = oracle.double()[finite]

@@ -12,6 +12,10 @@ from torch import Tensor
 from tests import cases, ragged
 from tests.cases import Case, Inputs
 
+#: Of threads to a product, at most, in calls without NaN. To compute rows anew, as kernels do where one is NaN, takes
+#: thousands.
+TURNS = 1000
+
 
 def case(
     name: str, dims: int | tuple[int, int], seq: tuple[int, int], heads: tuple[int, int] = (1, 1), **more: Any
@@ -54,6 +58,10 @@ CASES = [
     case("d256-window", (160, 176), (150, 330), window=(70, 20), offset=60, batch=2),
     case("d256-causal-top-left", (136, 256), (200, 200), (2, 2), causal=True, offset=0),
     case("d256-more-queries-than-keys", 256, (270, 77), causal=True),
+    # One warpgroup's half of the columns of dK or dV is not there at all.
+    case("d192-few-values", (192, 64), (70, 130)),
+    case("d256-few-values", (256, 64), (70, 130), causal=True),
+    case("d256-few-keys-columns", (64, 256), (130, 70)),
     # Sequences of their own lengths: whole tiles, a row more and less, none; the ends of tiles in the next sequence.
     packed("packed-d64-wraps", 64, (130, 1, 70), (5 * 128 + 1, 40, 127), heads_q=2),
     packed("packed-d64-causal", 64, (200, 0, 65, 33, 192), (391, 20, 64, 0, 256), causal=True),
@@ -63,6 +71,8 @@ CASES = [
     packed("packed-d192", (192, 128), (70, 129), (337, 12)),
     packed("packed-d192-causal", (192, 128), (70, 0, 64, 33), (90, 20, 64, 0), heads_q=2, causal=True),
     packed("packed-d256-causal", 256, (20, 130), (30, 161), causal=True),
+    packed("packed-d256-few-values", (256, 64), (20, 90), (30, 70)),
+    packed("packed-d256-few-keys-columns", (64, 256), (20, 90), (30, 70)),
     packed("packed-d256-wraps", (256, 200), (330, 1, 70), (65, 40, 127), heads_q=2, used_k=(65, 3, 100)),
     case("used-d256-causal", 256, (100, 200), batch=2, used_k=(130, 0), causal=True),
     case("used-d128-causal", 128, (100, 300), batch=2, used_k=(260, 0), causal=True),
