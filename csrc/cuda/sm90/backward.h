@@ -93,6 +93,7 @@ struct Backward {
     FASTATTN_DEVICE uint32_t empty(int stage) const { return q_full(stage) + 16 * kStages; }
     // Of the one stage of dO, whose rounds alternate like the stages of Q.
     static constexpr bool kOneGrad = kTile.grad_stages == 1;
+    static_assert(!kOneGrad || kStages == 2, "their parity is the number of a stage of Q");
     FASTATTN_DEVICE uint32_t grad_empty() const { return grad_full(1); }
     static FASTATTN_DEVICE int grad_stage(const RingPlace<kStages>& place) { return kOneGrad ? 0 : place.stage; }
     static FASTATTN_DEVICE uint32_t grad_parity(const RingPlace<kStages>& place) {
