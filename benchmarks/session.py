@@ -95,7 +95,11 @@ def _time(
         bench = suites.Bench(device, results.machine["ceilings"], quick)
         for at, (name, job) in enumerate(jobs):
             progress.update(task, description=job.title)
-            results.rows += job.run(bench)
+            try:
+                results.rows += job.run(bench)
+            except KeyboardInterrupt:  # hours may have been measured
+                bench.failures.append(f"interrupted in {job.title}: {at} of {len(jobs)} jobs are in the results")
+                break
             progress.advance(task)
             if at + 1 == len(jobs) or jobs[at + 1][0] != name:
                 for table in suite_tables(name, results.rows):

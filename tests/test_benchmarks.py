@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import suites
 from benchmarks.__main__ import main
 from benchmarks.check import compare
 from benchmarks.report import ratio_table, write_report
@@ -117,6 +119,20 @@ def test_suites_run_and_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "fastattn right" in page and "% of matmul" in page
     pytest.importorskip("matplotlib")
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_rich
+def test_what_was_timed_before_an_interruption_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(bench: suites.Bench) -> Iterator[Row]:
+        raise KeyboardInterrupt
+
+    jobs = [*list(suites.SUITES["calls"](torch.device("cpu"), True))[:1], suites.Job("the second", stop)]
+    monkeypatch.setitem(suites.SUITES, "calls", lambda device, quick: jobs)
+    assert main(["calls", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "interrupted in the second: 1 of 2 jobs are in the results" in capsys.readouterr().out
+    assert Results.load(tmp_path / "results.json").rows
 
 
 def row(contender: str, median: float | None, blank: str = "", case: str = "S1") -> Row:
