@@ -48,9 +48,9 @@ def test_contract_with_a_lower_instruction_set(isa: str) -> None:
 
 
 def test_vdpbf16ps_is_chosen_where_it_is_fast() -> None:
-    """Twice the rate of a multiply-add on AMD's processors, half of it on Intel's."""
+    """Twice the rate of a multiply-add on AMD's processors (Zen 4), half of it on Intel's (Sapphire Rapids)."""
     if not {"avx512", "avx512_bf16"} <= set(INSTRUCTION_SETS):
-        pytest.skip("this processor or compiler has no avx512_bf16")
+        pytest.skip("nothing to choose: this processor or compiler has no avx512_bf16")
     amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     assert (INSTRUCTION_SETS.index("avx512_bf16") < INSTRUCTION_SETS.index("avx512")) == amd
 

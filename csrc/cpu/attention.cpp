@@ -92,7 +92,7 @@ std::vector<Kernels> all_kernels() {
         {"portable", true, portable::attention_forward, portable::attention_backward},
     };
 #if defined(FASTATTN_WITH_AVX512_BF16) && defined(FASTATTN_WITH_AVX512)
-    // vdpbf16ps does twice the work of a multiply-add, on Intel's processors in four times the time.
+    // vdpbf16ps does twice the work of a multiply-add: on Zen 4 in the same time, on Sapphire Rapids in four times it.
     if (!__builtin_cpu_is("amd")) {
         const auto named = [&](const char* name) {
             return std::find_if(all.begin(), all.end(),
