@@ -26,7 +26,7 @@ public:
         : p_(params), scores_(params), group_(p_.heads_q / p_.heads_k), tiled_(ByTiles::suit(params)) {}
 
     void run() {
-        split_ = p_.num_splits > 0 ? round_up(count_of(p_.seqlen_k, p_.num_splits), kBlock) : kSplit;
+        split_ = p_.num_splits > 0 ? round_up(count_of(p_.seqlen_k, p_.num_splits), kUnit) : kSplit;
         splits_ = std::max<int64_t>(1, count_of(p_.seqlen_k, split_));
         const int64_t heads = p_.batch * p_.heads_k;
         parts_ = scratch<Buffer<C>>().reserve(heads * splits_ * part_size());
@@ -35,7 +35,7 @@ public:
 
 private:
     static constexpr int L = kLanes<C>;
-    static constexpr int64_t kBlock = R::kBlock, kSplit = 512;
+    static constexpr int64_t kBlock = R::kBlock, kUnit = R::kUnit, kSplit = 512;
 
     // A part holds, for each row (query head of the group, query): its output, its largest score, its sum of weights.
     int64_t rows() const { return R::count(p_); }
@@ -43,7 +43,7 @@ private:
     int64_t part_size() const { return rows() * (out_dim() + 2 * L); }
 
     struct Tile {
-        Buffer<C> q, s, k, v;
+        Buffer<C> q, s, k, v, sums;
         ByTiles by_tiles;
         std::vector<uint8_t> keep;
     };
@@ -66,8 +66,9 @@ private:
         const Rows<T> k = key_rows<T>(p_, p_.k, e, head_k), v = key_rows<T>(p_, p_.v, e, head_k);
         const int64_t low = n == 0 ? 0 : e.key_low(0), high = n == 0 ? 0 : e.key_high(e.seqlen_q - 1);
         const int64_t last = std::min((split + 1) * split_, std::min(e.seqlen_k, high));
-        for (int64_t j = std::max(split * split_, low / kBlock * kBlock); j < last; j += kBlock) {
-            block(e, head_k, n, q, k, v, j, std::min(kBlock, last - j), last, out, top, sum, tile);
+        for (int64_t j = std::max(split * split_, low / kUnit * kUnit), keys; j < last; j += keys) {
+            keys = R::block(p_, k, v, j, last);
+            block(e, head_k, n, q, k, v, j, keys, last, out, top, sum, tile);
         }
     }
 
@@ -75,12 +76,13 @@ private:
     void block(const Entry& e, int64_t head_k, int64_t n, const C* q, const Rows<T>& k, const Rows<T>& v, int64_t j,
                int64_t keys, int64_t last, C* out, C* top, C* sum, Tile& tile) const {
         C* s = tile.s.reserve(R::kMaxRows * kBlock);
-        [[maybe_unused]] const bool tiled = tiled_ && keys == kBlock;
+        const int64_t units = round_up(keys, kUnit);
+        [[maybe_unused]] const bool tiled = tiled_ && keys == units;
         R::with_rows(k, j, keys, last, p_.head_dim_qk, tile.k, [&](auto rows) {
             if constexpr (ByTiles::kExist && std::is_same_v<decltype(rows), const T**>) {
-                if (tiled) return tile.by_tiles.products(rows, k.row, p_.head_dim_qk, s);
+                if (tiled) return tile.by_tiles.products(rows, k.row, units, p_.head_dim_qk, s);
             }
-            R::products(n, q, rows, round_up(p_.head_dim_qk, L), s);
+            R::products(n, q, rows, units, round_up(p_.head_dim_qk, L), s);
         });
         for (int64_t r = 0; r < n; ++r) {
             const int64_t h = head_k * group_ + r / e.seqlen_q, i = r % e.seqlen_q;
@@ -88,9 +90,9 @@ private:
         }
         R::with_rows(v, j, keys, last, p_.head_dim_v, tile.v, [&](auto rows) {
             if constexpr (ByTiles::kExist && std::is_same_v<decltype(rows), const T**>) {
-                if (tiled) return tile.by_tiles.add_values(n, s, rows, out_dim(), out);
+                if (tiled) return tile.by_tiles.add_values(n, s, rows, units, out_dim(), out);
             }
-            R::add_values(n, s, rows, keys, out_dim(), out);
+            R::add_values(n, s, rows, units, out_dim(), tile.sums, out);
         });
     }
 
@@ -101,14 +103,15 @@ private:
         if (!plain) scores_.template finish_row<false>(s, e, h, i, j, j + keys);
         const C scale = plain ? scores_.scale : C(1), before = top;
         // Columns beyond the last key are as if unseen.
-        if (keys < kBlock) std::fill(s + keys, s + kBlock, scale > 0 ? -kInfinity<C> : kInfinity<C>);
-        const C highest = scale * largest(s, 0, kBlock);
+        const int64_t units = round_up(keys, kUnit);
+        std::fill(s + keys, s + units, scale > 0 ? -kInfinity<C> : kInfinity<C>);
+        const C highest = scale * largest(s, 0, units);
         top = highest > before ? highest : before;
         const C base = top == -kInfinity<C> ? C(0) : top;
         const Vector<C> minus = splat(-base), factor = splat(scale);
         Vector<C> total{};
-        for (int64_t c = 0; c < kBlock; c += L) {
-            const Vector<C> w = exp<C>(load<C>(s + c) * factor + minus);
+        for (int64_t c = 0; c < units; c += L) {
+            const Vector<C> w = weight_of<C>(load<C>(s + c) * factor + minus);
             total += w;
             store<C>(s + c, w);
         }
@@ -116,9 +119,9 @@ private:
         sum = sum * rescale + sum_of<C>(total);
         if (rescale != 1) scale_row(out, rescale, out_dim());
         if (p_.dropout_threshold != 0) {
-            tile.keep.assign(kBlock, 0);
+            tile.keep.assign(static_cast<size_t>(units), 0);
             Dropout(p_, e.b, h).tile(i, i + 1, j, j + keys, tile.keep.data(), kBlock);
-            for (int64_t c = 0; c < kBlock; ++c) s[c] = tile.keep[static_cast<size_t>(c)] ? s[c] : C(0);
+            for (int64_t c = 0; c < units; ++c) s[c] = tile.keep[static_cast<size_t>(c)] ? s[c] : C(0);
         }
     }
 

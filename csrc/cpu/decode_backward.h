@@ -27,7 +27,7 @@ public:
 
 private:
     static constexpr int L = kLanes<C>;
-    static constexpr int64_t kBlock = R::kBlock, kSplit = 512;
+    static constexpr int64_t kBlock = R::kBlock, kUnit = R::kUnit, kSplit = 512;
 
     // A part holds its share of dQ.
     int64_t dim_qk() const { return round_up(p_.head_dim_qk, L); }
@@ -35,7 +35,7 @@ private:
     int64_t part_size() const { return R::count(p_) * dim_qk(); }
 
     struct Tile {
-        Buffer<C> q_data, dout_data, out_data, k, v;
+        Buffer<C> q_data, dout_data, out_data, k, v, sums;
         const C *q, *dout;
         bool q_non_finite, dout_non_finite;
         C lse[R::kMaxRows], delta[R::kMaxRows], dlse[R::kMaxRows];  // lse is +inf where nothing is seen
@@ -52,11 +52,13 @@ private:
         if (n > 0) start(e, head_k, n, tile);
         // All rows of the sequence are written, those that no query sees or that are not used with 0.
         const int64_t first = split * kSplit, end = std::max(first, std::min(first + kSplit, e.capacity_k));
-        const int64_t low = n == 0 ? end : std::clamp(e.key_low(0) / kBlock * kBlock, first, end);
+        const int64_t low = n == 0 ? end : std::clamp(e.key_low(0) / kUnit * kUnit, first, end);
         const int64_t high = n == 0 ? end : std::clamp(std::min(e.seqlen_k, e.key_high(e.seqlen_q - 1)), low, end);
         clear(e, head_k, first, low);
-        for (int64_t j = low; j < high; j += kBlock) {
-            block(e, head_k, n, j, std::min(kBlock, high - j), high, dq, tile);
+        const Rows<T> k = key_rows<T>(p_, p_.k, e, head_k), v = key_rows<T>(p_, p_.v, e, head_k);
+        for (int64_t j = low, keys; j < high; j += keys) {
+            keys = R::block(p_, k, v, j, high);
+            block(e, head_k, n, k, v, j, keys, high, dq, tile);
         }
         clear(e, head_k, high, end);
     }
@@ -69,9 +71,9 @@ private:
         // delta is summed as dP is: where a query sees one key, its output is a row of V, and the two, large beside
         // their difference, are rounded alike. All products of dO and O are formed, of which some lie on the diagonal.
         const C* out = R::read(p_, p_.out, e, head_k, p_.head_dim_v, tile.out_data);
-        const C* rows[2 * kBlock];
-        for (int64_t c = 0; c < 2 * kBlock; ++c) rows[c] = out + std::min(c, n - 1) * dim_v();
-        R::products(n, tile.dout, rows, dim_v(), tile.p);
+        const C* rows[2 * kUnit];
+        for (int64_t c = 0; c < 2 * kUnit; ++c) rows[c] = out + std::min(c, n - 1) * dim_v();
+        R::products(n, tile.dout, rows, kUnit, dim_v(), tile.p);
         for (int64_t r = 0; r < n; ++r) {
             const int64_t h = head_k * group_ + r / e.seqlen_q, i = e.row_q + r % e.seqlen_q;
             const C lse = *at<C>(p_.lse, e.batch_q, h, i);
@@ -87,16 +89,16 @@ private:
     }
 
     // Keys [j, j + keys) for all rows.
-    void block(const Entry& e, int64_t head_k, int64_t n, int64_t j, int64_t keys, int64_t last, C* dq,
-               Tile& tile) const {
-        const Rows<T> k = key_rows<T>(p_, p_.k, e, head_k), v = key_rows<T>(p_, p_.v, e, head_k);
+    void block(const Entry& e, int64_t head_k, int64_t n, const Rows<T>& k, const Rows<T>& v, int64_t j, int64_t keys,
+               int64_t last, C* dq, Tile& tile) const {
+        const int64_t units = round_up(keys, kUnit);
         R::with_rows(k, j, keys, last, p_.head_dim_qk, tile.k,
-                     [&](auto rows) { R::products(n, tile.q, rows, dim_qk(), tile.p); });
+                     [&](auto rows) { R::products(n, tile.q, rows, units, dim_qk(), tile.p); });
         R::with_rows(v, j, keys, last, p_.head_dim_v, tile.v,
-                     [&](auto rows) { R::products(n, tile.dout, rows, dim_v(), tile.ds); });
+                     [&](auto rows) { R::products(n, tile.dout, rows, units, dim_v(), tile.ds); });
         for (int64_t r = 0; r < n; ++r) weigh(e, head_k, r, j, keys, tile);
         R::with_rows(k, j, keys, last, p_.head_dim_qk, tile.k,
-                     [&](auto rows) { R::add_values(n, tile.ds, rows, keys, dim_qk(), dq); });
+                     [&](auto rows) { R::add_values(n, tile.ds, rows, units, dim_qk(), tile.sums, dq); });
         const bool restricted = scores_.restricted();
         write(n, tile.ds, tile.q, restricted && tile.q_non_finite, keys, p_.head_dim_qk,
               at_mutable<T>(p_.dk, e.batch_k, head_k, e.row_k + j), p_.dk);
@@ -128,6 +130,7 @@ private:
             store<C>(s + c, dropped);
             store<C>(dp + c, plain ? ds : weight == zero ? zero : ds);
         }
+        std::fill(dp + keys, dp + round_up(keys, kUnit), C(0));
     }
 
     // to_c = sum over r of w[r][c] x_r, for `keys` rows of `like`, dk or dv. careful: passes over every weight of 0, so

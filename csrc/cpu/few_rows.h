@@ -93,14 +93,15 @@ inline void store_narrow(S* to, Vector<C> x) {
 template <typename T, typename C>
 struct FewRows {
     static constexpr int L = kLanes<C>;
-    static constexpr int64_t kMaxRows = 16, kBlock = 64;
+    // Keys of a block at most, as far apart as the scores of two rows; a block holds whole units.
+    static constexpr int64_t kMaxRows = 16, kBlock = 512, kUnit = 64;
 
     // Query rows that share a key head.
     static int64_t count(const AttentionParams& p) { return p.heads_q / p.heads_k * p.seqlen_q; }
     // Whether there are few of them, and so many keys for each that packing would not pay.
     static bool suit(const AttentionParams& p) {
         const int64_t rows = count(p);
-        return rows <= kMaxRows && p.seqlen_k >= (rows <= 8 ? 8 * rows : 4 * kBlock);
+        return rows <= kMaxRows && p.seqlen_k >= (rows <= 8 ? 8 * rows : 4 * kUnit);
     }
 
     // The rows of x, like q, that share a key head, in the compute type and padded with 0 to whole vectors:
@@ -117,149 +118,230 @@ struct FewRows {
         return to;
     }
 
-    // use(rows): rows[c] is row j + c of x, in whole vectors; where the block is short, the last one again. Then come
-    // those of the next block, up to the last one of all, to be fetched: from four places in turn, as from four pages
-    // at once memory gives more.
+    static bool lie_in_vectors(const Rows<T>& x, int64_t dim) { return x.dim == 1 && dim % L == 0; }
+    // How many of the keys [j, last) are a block: whole units, then the rest. Copied rows should stay in the cache.
+    static int64_t block(const AttentionParams& p, const Rows<T>& k, const Rows<T>& v, int64_t j, int64_t last) {
+        const bool in_place = lie_in_vectors(k, p.head_dim_qk) && lie_in_vectors(v, p.head_dim_v);
+        const int64_t left = std::min(last - j, in_place ? kBlock : kUnit);
+        return left < kUnit ? left : left / kUnit * kUnit;
+    }
+
+    // use(rows): rows[c] is row j + c of x, in whole vectors; where the last unit is short, the last one again. Then
+    // comes a unit of those that follow, up to the last one of all, to be fetched.
     template <typename Use>
     static void with_rows(const Rows<T>& x, int64_t j, int64_t keys, int64_t last, int64_t dim, Buffer<C>& memory,
                           const Use& use) {
-        if (x.dim == 1 && dim % L == 0) {
-            const T *rows[2 * kBlock], *next[kBlock];
-            list(x, j, j + keys - 1, rows);
-            list(x, std::min(j + kBlock, last - 1), last - 1, next);
-            for (int64_t c = 0; c < kBlock; ++c) rows[kBlock + c] = next[c % 4 * (kBlock / 4) + c / 4];
+        const int64_t count = round_up(keys, kUnit);
+        if (lie_in_vectors(x, dim)) {
+            const T* rows[kBlock + kUnit];
+            list(x, j, j + keys - 1, count, rows);
+            list(x, std::min(j + keys, last - 1), last - 1, kUnit, rows + count);
             return use(rows);
         }
         const int64_t padded = round_up(dim, L);
-        const C* rows[2 * kBlock];
-        C* to = memory.reserve(kBlock * padded);
-        for (int64_t c = 0; c < kBlock; ++c, to += padded) {
+        const C* rows[kBlock + kUnit];
+        C* to = memory.reserve(count * padded);
+        for (int64_t c = 0; c < count; ++c, to += padded) {
             read_row(x.at(j + std::min(c, keys - 1)), x.dim, dim, to);
             std::fill(to + dim, to + padded, C(0));
-            rows[c] = rows[kBlock + c] = to;
+            rows[c] = to;
         }
+        std::fill(rows + count, rows + count + kUnit, rows[count - 1]);
         use(rows);
     }
     // rows[c] = row j + c, the last one at most: page by page, as a division for each row would be felt.
-    static void list(const Rows<T>& x, int64_t j, int64_t last, const T** rows) {
-        for (int64_t c = 0; c < kBlock;) {
-            const int64_t i = std::min(j + c, last), left = x.pages == nullptr ? kBlock : x.page_size - i % x.page_size;
+    static void list(const Rows<T>& x, int64_t j, int64_t last, int64_t count, const T** rows) {
+        for (int64_t c = 0; c < count;) {
+            const int64_t i = std::min(j + c, last), left = x.pages == nullptr ? count : x.page_size - i % x.page_size;
             const T* at = x.at(i);
-            const int64_t n = std::min(kBlock - c, i == last ? kBlock : std::min(left, last - i));
+            const int64_t n = std::min(count - c, i == last ? count : std::min(left, last - i));
             const int64_t step = i == last ? 0 : x.row;
             for (int64_t k = 0; k < n; ++k, at += step) rows[c + k] = at;
             c += n;
         }
     }
 
-    // Asks for a part of a row of the next block. A block is about as long ahead as memory wants, and longer than the
-    // nearest cache, so the second one gets it.
+    // A block's rows are read from four places in turn, its quarters: from four pages at once memory gives more. Where
+    // several groups of query rows or of columns go through them, so many of each at a time as the nearest cache keeps.
+    static constexpr int64_t kPlaces = 4;
+    static int64_t chunk(int64_t place, bool one_group, int64_t dim) {
+        const int64_t bytes = dim * int64_t(sizeof(T));
+        return one_group ? place : bytes <= 256 ? 16 : bytes <= 512 ? 8 : 4;
+    }
+
+    // Asks for a part of a row that will be read kAhead rows later, or in the next chunk: some 16 KiB are on their way,
+    // half of the nearest cache, so the second one gets them.
+    static constexpr int64_t kAhead = 8;
     template <typename S>
     static void fetch(const S* row, int64_t dim) {
         for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
     }
 
-    // s[r][c] = q_r · k_c, in steps of the type of q.
+    // s[r][c] = q_r · k_c for whole units of keys, in steps of the type of q.
     template <typename Q, typename S>
-    static void products(int64_t n, const Q* q, const S* const* k, int64_t dim, C* s) {
-        constexpr int kMost = std::min(4, L);
-        int64_t r = 0;
-        if constexpr (L >= 16) {
-            for (; r + 8 <= n; r += 8) products_of<8>(q + r * dim, k, dim, s + r * kBlock);
+    static void products(int64_t n, const Q* q, const S* const* k, int64_t keys, int64_t dim, C* s) {
+        const int64_t place = keys / kPlaces, step = chunk(place, n == 1 || n == 2 || n == 4, dim);
+        for (int64_t i = 0; i < place; i += step) {
+            int64_t r = 0;
+            const auto rows_of = [&](auto rows) {
+                for (; r + rows <= n; r += rows) {
+                    products_of<rows>(q + r * dim, k, place, i, i + step, dim, s + r * kBlock);
+                }
+            };
+            rows_of(std::integral_constant<int, std::min(4, L)>{});
+            rows_of(std::integral_constant<int, 2>{});
+            rows_of(std::integral_constant<int, 1>{});
         }
-        for (; r + kMost <= n; r += kMost) products_of<kMost>(q + r * dim, k, dim, s + r * kBlock);
-        for (; r + 2 <= n; r += 2) products_of<2>(q + r * dim, k, dim, s + r * kBlock);
-        for (; r < n; ++r) products_of<1>(q + r * dim, k, dim, s + r * kBlock);
     }
-    // Functions of their own, as are columns below: where all is inlined into one, registers are spilled.
+    // Keys [i, end) of each of the places. Functions of their own, as are columns below: where all is inlined into one,
+    // registers are spilled.
     template <int kRows, typename Q, typename S>
-    __attribute__((noinline)) static void products_of(const Q* q, const S* const* k, int64_t dim, C* s) {
+    __attribute__((noinline)) static void products_of(const Q* q, const S* const* k, int64_t place, int64_t i,
+                                                      int64_t end, int64_t dim, C* s) {
         static_assert(L % kRows == 0, "a vector holds the products of whole keys");
         using By = Step<C, Q>;
-        // As many keys at a time as share the loads of q; one row is read key by key, as memory is read best.
-        constexpr int kKeys = L / kRows, kTogether = kRows == 1 ? 1 : kKeys;
-        for (int64_t c = 0; c < kBlock; c += kKeys) {
-            for (int i = 0; i < kKeys; ++i) fetch(k[c + i + kBlock], dim);
-            Vector<C> sum[L] = {};
+        // kKeys keys at a time, kEach neighbours from kFrom places; as many together as share the loads of q.
+        constexpr int kKeys = L / kRows, kFrom = std::min<int>(kKeys, kPlaces), kEach = kKeys / kFrom;
+        constexpr int kTogether = std::min<int>(kKeys, 4);
+        constexpr bool kByStep = By::kElements * sizeof(S) >= 32;
+        for (; i < end; i += kEach) {
+            for (int64_t first = i; first < kPlaces * place; first += kFrom * place) {
+                Vector<C> sum[L] = {};
+                const auto key = [&](int x) { return first + x % kFrom * place + x / kFrom; };
 #pragma GCC unroll 16
-            for (int first = 0; first < kKeys; first += kTogether) {
-                for (int64_t d = 0; d < dim; d += By::kElements) {
-                    decltype(By::load_from(q)) x[kTogether];
+                for (int x0 = 0; x0 < kKeys; x0 += kTogether) {
+                    const S *row[kTogether], *next[kTogether];
+#pragma GCC unroll 16
+                    for (int x = 0; x < kTogether; ++x) {
+                        row[x] = k[key(x0 + x)], next[x] = k[key(x0 + x) + kAhead];
+                        if (!kByStep) fetch(next[x], dim);
+                    }
+                    for (int64_t d = 0; d < dim; d += By::kElements) {
+                        decltype(By::load_from(q)) right[kTogether];
+#pragma GCC unroll 16
+                        for (int x = 0; x < kTogether; ++x) right[x] = By::load_from(row[x] + d);
+                        if (kByStep) {
+#pragma GCC unroll 16
+                            for (int x = 0; x < kTogether; ++x) fetch(next[x] + d, By::kElements);
+                        }
 #pragma GCC unroll 8
-                    for (int i = 0; i < kTogether; ++i) x[i] = By::load_from(k[c + first + i] + d);
-#pragma GCC unroll 8
-                    for (int a = 0; a < kRows; ++a) {
-                        const auto left = By::load_from(q + a * dim + d);
-#pragma GCC unroll 8
-                        for (int i = 0; i < kTogether; ++i) {
-                            Vector<C>& to = sum[a * kKeys + first + i];
-                            to = By::add(to, left, x[i]);
+                        for (int a = 0; a < kRows; ++a) {
+                            const auto left = By::load_from(q + a * dim + d);
+#pragma GCC unroll 16
+                            for (int x = 0; x < kTogether; ++x) {
+                                const int from = (x0 + x) % kFrom, each = (x0 + x) / kFrom;
+                                Vector<C>& to = sum[a * kKeys + from * kEach + each];
+                                to = By::add(to, left, right[x]);
+                            }
                         }
                     }
                 }
+                C lanes[L];
+                store<C>(lanes, sums_of<C>(sum));
+                asm("" : "+m"(lanes));  // or it is shuffled, lane by lane, where copies are cheaper
+                for (int a = 0; a < kRows; ++a) {
+                    for (int f = 0; f < kFrom; ++f) {
+                        std::memcpy(s + a * kBlock + first + f * place, lanes + a * kKeys + f * kEach,
+                                    kEach * sizeof(C));
+                    }
+                }
             }
-            const Vector<C> found = sums_of<C>(sum);
-            C lanes[L];
-            store<C>(lanes, found);
-            for (int a = 0; a < kRows; ++a) std::memcpy(s + a * kBlock + c, lanes + a * kKeys, kKeys * sizeof(C));
         }
     }
 
-    // out_r += sum over c of s[r][c] v_c; dim is that of whole vectors.
+    // out_r += sum over c of s[r][c] v_c for whole units of keys; dim is that of whole vectors.
     template <typename S>
-    static void add_values(int64_t n, const C* s, const S* const* v, int64_t keys, int64_t dim, C* out) {
-        int64_t r = 0;
-        if constexpr (L >= 16) {
-            for (; r + 8 <= n; r += 8) add_rows<8, 2>(s + r * kBlock, v, keys, dim, out + r * dim);
+    static void add_values(int64_t n, const C* s, const S* const* v, int64_t keys, int64_t dim, Buffer<C>& memory,
+                           C* out) {
+        const int64_t place = keys / kPlaces, step = chunk(place, n <= 2 && dim == 8 * L, dim);
+        C* sums = memory.reserve(kMaxRows * dim);
+        for (int64_t i = 0; i < place; i += step) {
+            int64_t r = 0;
+            const auto rows_of = [&](auto rows, auto vectors) {
+                for (; r + rows <= n; r += rows) {
+                    add_rows<rows, vectors>(s + r * kBlock, v, place, i, i + step, dim, sums + r * dim);
+                }
+            };
+            // Two rows take whole rows of values, as memory is read best; where there are many, or where vectors are short,
+            // computing is the limit.
+            if (n > 4 || L < 16) rows_of(std::integral_constant<int, 4>{}, std::integral_constant<int, L < 16 ? 2 : 4>{});
+            rows_of(std::integral_constant<int, 2>{}, std::integral_constant<int, 8>{});
+            rows_of(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{});
         }
-        for (; r + 4 <= n; r += 4) add_rows<4, 4>(s + r * kBlock, v, keys, dim, out + r * dim);
-        for (; r + 2 <= n; r += 2) add_rows<2, 8>(s + r * kBlock, v, keys, dim, out + r * dim);
-        for (; r < n; ++r) add_rows<1, 8>(s + r * kBlock, v, keys, dim, out + r * dim);
+        finish(n, s, v, place, step, dim, sums, out);
     }
     template <int kRows, int kVectors, typename S>
-    static void add_rows(const C* s, const S* const* v, int64_t keys, int64_t dim, C* out) {
+    static void add_rows(const C* s, const S* const* v, int64_t place, int64_t i, int64_t end, int64_t dim, C* sums) {
         int64_t d = 0;
-        for (; d + kVectors * L <= dim; d += kVectors * L) add_columns<kRows, kVectors>(s, v, keys, d, dim, out + d);
-        for (; d + 2 * L <= dim; d += 2 * L) add_columns<kRows, 2>(s, v, keys, d, dim, out + d);
-        for (; d < dim; d += L) add_columns<kRows, 1>(s, v, keys, d, dim, out + d);
+        for (; d + kVectors * L <= dim; d += kVectors * L)
+            add_columns<kRows, kVectors>(s, v, place, i, end, d, dim, sums + d);
+        for (; d + 2 * L <= dim; d += 2 * L) add_columns<kRows, 2>(s, v, place, i, end, d, dim, sums + d);
+        for (; d < dim; d += L) add_columns<kRows, 1>(s, v, place, i, end, d, dim, sums + d);
     }
     template <int kRows, int kVectors, typename S>
-    __attribute__((noinline)) static void add_columns(const C* s, const S* const* v, int64_t keys, int64_t d,
-                                                      int64_t dim, C* out) {
+    __attribute__((noinline)) static void add_columns(const C* s, const S* const* v, int64_t place, int64_t i,
+                                                      int64_t end, int64_t d, int64_t dim, C* sums) {
         Vector<C> sum[kRows][kVectors] = {};
-        for (int64_t c = 0; c < keys; ++c) {
-            fetch(v[c + kBlock] + d, kVectors * L);
-            Vector<C> right[kVectors];
+        const bool more = i > 0;
+        const int64_t ahead = std::min(end - i, kAhead);
+        for (; i < end; ++i) {
+            for (int64_t c = i; c < kPlaces * place; c += place) {
+                fetch(v[c + ahead] + d, kVectors * L);
+                Vector<C> right[kVectors];
 #pragma GCC unroll 8
-            for (int u = 0; u < kVectors; ++u) right[u] = load_wide<C>(v[c] + d + u * L);
+                for (int u = 0; u < kVectors; ++u) right[u] = load_wide<C>(v[c] + d + u * L);
 #pragma GCC unroll 8
-            for (int a = 0; a < kRows; ++a) {
-                const Vector<C> left = splat(s[a * kBlock + c]);
+                for (int a = 0; a < kRows; ++a) {
+                    const Vector<C> left = splat(s[a * kBlock + c]);
 #pragma GCC unroll 8
-                for (int u = 0; u < kVectors; ++u) sum[a][u] += left * right[u];
+                    for (int u = 0; u < kVectors; ++u) sum[a][u] += left * right[u];
+                }
             }
         }
+#pragma GCC unroll 8
         for (int a = 0; a < kRows; ++a) {
+#pragma GCC unroll 8
             for (int u = 0; u < kVectors; ++u) {
-                const Vector<C> zero = sum[a][u] - sum[a][u];
-                if (sum_of<C>(zero) != 0) sum[a][u] = seen_only(s + a * kBlock, v, keys, d + u * L);  // inf or NaN
-                C* to = out + a * dim + u * L;
-                store<C>(to, load<C>(to) + sum[a][u]);
+                C* to = sums + a * dim + u * L;
+                store<C>(to, more ? load<C>(to) + sum[a][u] : sum[a][u]);
             }
         }
     }
-    // The same sum, passing over every key of weight 0: what is unseen must not be felt.
+    // out += sums; where they hold inf or NaN, summed anew without the keys of weight 0: what is unseen must not be
+    // felt.
     template <typename S>
-    static Vector<C> seen_only(const C* s, const S* const* v, int64_t keys, int64_t d) {
+    static void finish(int64_t n, const C* s, const S* const* v, int64_t place, int64_t step, int64_t dim,
+                       const C* sums, C* out) {
+        for (int64_t r = 0; r < n; ++r) {
+            const C* row = sums + r * dim;
+            C* to = out + r * dim;
+            Vector<C> zero{};
+            for (int64_t d = 0; d < dim; d += L) zero += load<C>(row + d) - load<C>(row + d);
+            const bool finite = sum_of<C>(zero) == 0;
+            for (int64_t d = 0; d < dim; d += L) {
+                const Vector<C> sum = finite ? load<C>(row + d) : seen_only(s + r * kBlock, v, place, step, d);
+                store<C>(to + d, load<C>(to + d) + sum);
+            }
+        }
+    }
+    // In the same order, so that an unseen NaN changes no bit.
+    template <typename S>
+    static Vector<C> seen_only(const C* s, const S* const* v, int64_t place, int64_t step, int64_t d) {
         Vector<C> sum{};
-        for (int64_t c = 0; c < keys; ++c) {
-            if (s[c] != 0) sum += splat(s[c]) * load_wide<C>(v[c] + d);
+        for (int64_t first = 0; first < place; first += step) {
+            Vector<C> part{};
+            for (int64_t i = first; i < first + step; ++i) {
+                for (int64_t c = i; c < kPlaces * place; c += place) {
+                    if (s[c] != 0) part += splat(s[c]) * load_wide<C>(v[c] + d);
+                }
+            }
+            sum = first == 0 ? part : sum + part;
         }
         return sum;
     }
 };
 
-// The same for whole blocks by the processor's products of bfloat16, where it has them: amx_few_rows.h (matrix tiles),
+// The same for whole units by the processor's products of bfloat16, where it has them: amx_few_rows.h (matrix tiles),
 // pairs_few_rows.h.
 template <typename T>
 struct FewRowsByTiles {
