@@ -254,6 +254,7 @@ struct FewRows {
     static void add_values(int64_t n, const C* s, const S* const* v, int64_t keys, int64_t dim, Buffer<C>& memory,
                            C* out) {
         const int64_t place = keys / kPlaces, step = chunk(place, n <= 2 && dim == 8 * L, dim);
+        constexpr int kWide = L < 16 ? 2 : 4;
         C* sums = memory.reserve(kMaxRows * dim);
         for (int64_t i = 0; i < place; i += step) {
             int64_t r = 0;
@@ -262,9 +263,9 @@ struct FewRows {
                     add_rows<rows, vectors>(s + r * kBlock, v, place, i, i + step, dim, sums + r * dim);
                 }
             };
-            // Two rows take whole rows of values, as memory is read best; where there are many, or where vectors are short,
-            // computing is the limit.
-            if (n > 4 || L < 16) rows_of(std::integral_constant<int, 4>{}, std::integral_constant<int, L < 16 ? 2 : 4>{});
+            // Two rows take whole rows of values, as memory is read best; where there are many, or where vectors are
+            // short, computing is the limit.
+            if (n > 4 || L < 16) rows_of(std::integral_constant<int, 4>{}, std::integral_constant<int, kWide>{});
             rows_of(std::integral_constant<int, 2>{}, std::integral_constant<int, 8>{});
             rows_of(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{});
         }

@@ -29,8 +29,8 @@ struct FewRowsByTiles<BFloat16> {
         return p.head_dim_qk % 32 == 0 && p.head_dim_v % 32 == 0 && p.k.stride[3] == 1 && p.v.stride[3] == 1;
     }
 
-    // n rows of dim elements, and after them, where there are more than 2, rows of 0 up to a multiple of 4: as they lie,
-    // or for groups of kRows in the order in which `by_broadcast` reads them.
+    // n rows of dim elements, and after them, where there are more than 2, rows of 0 up to a multiple of 4: as they
+    // lie, or eight of them in the order in which `eight_products` reads them.
     void start(int64_t n, const float* q, int64_t dim) {
         rows_ = n <= 2 ? n : round_up(n, 4);
         BFloat16* to = q_.reserve(R::kMaxRows * dim);
@@ -95,7 +95,7 @@ private:
         constexpr int kKeys = 8, kRows = 8;
         for (; i < end; i += 2) {
             Vector<float> sum[kKeys] = {};
-            const BFloat16 *row[kKeys], *next[kKeys + 1];
+            const BFloat16 *row[kKeys], *next[kKeys];
             for (int x = 0; x < kKeys; ++x) {
                 const int64_t c = x / 2 * place + i + x % 2;
                 row[x] = k[c], next[x] = k[c + R::kAhead];

@@ -274,6 +274,8 @@ struct Scores {
                 return use(element<float, transposed>(p.bias, b, h, row, column));
             case DType::kFloat64:
                 return use(element<double, transposed>(p.bias, b, h, row, column));
+            case DType::kE4M3:
+                return;  // no bias is
         }
     }
 
