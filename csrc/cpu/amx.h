@@ -90,7 +90,8 @@ struct AmxProducts {
     using T = BFloat16;
     using C = float;
     using Matrix = AmxMatrix;
-    static constexpr int64_t kRowBlock = 32, kMostRows = 32, kQueryBlock = 32, kKeyTile = 256, kUnit = 32;
+    static constexpr int64_t kRowBlock = 32, kMostRows = 32, kQueryBlock = 32, kPartRows = 32, kKeyTile = 256,
+                             kUnit = 32;
     static constexpr int64_t kKeyRows = 128, kQueryColumns = 256;
     static constexpr int64_t kTile = AmxMatrix::kTile;
     using Blocks = RoundedBlocks<AmxProducts>;

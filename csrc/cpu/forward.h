@@ -42,8 +42,6 @@ public:
 private:
     static constexpr bool kVectors = std::is_same_v<typename P::Matrix, Operand<C>>;
     static constexpr int64_t kQueryTile = 96, kKeyTile = P::kKeyTile, kFetchRows = kVectors ? 256 : 128;
-    // Rows of a block that see different keys: the fewer, the less is computed in vain.
-    static constexpr int64_t kPartRows = kVectors ? 2 * kTileRows : P::kQueryBlock;
     static_assert(kQueryTile % P::kQueryBlock == 0 && kKeyTile <= kMaxTileColumns, "tiles hold whole blocks");
 
     struct Keys {
@@ -112,7 +110,7 @@ private:
             const int64_t j_end = std::min(j + kKeyTile, e.seqlen_k);
             for (int64_t r = 0, n; r < rows; r += n) {
                 n = std::min(
-                    uneven(e, first + r, std::min(P::kQueryBlock, rows - r), j, j_end) ? kPartRows : P::kQueryBlock,
+                    uneven(e, first + r, std::min(P::kQueryBlock, rows - r), j, j_end) ? P::kPartRows : P::kQueryBlock,
                     rows - r);
                 const Span span = scores_.template span<false>(e, h, first + r, n, j, j_end, P::kUnit);
                 if (!span.empty()) tile.blocks.push_back({r, n, j, span, span.whole && scores_.plain()});

@@ -225,11 +225,13 @@ struct VectorProducts {
     using C = C_;
     using Matrix = Operand<C>;
     static constexpr int64_t kQueryBlock = 8 * kTileRows, kKeyTile = 128;  // forward: scores stay in the nearest cache
-    static constexpr int64_t kRowBlock = 4 * kTileRows;                    // backward: rows that are seen or not
-    static constexpr int64_t kUnit = kLanes<C>;                            // columns of scores are made by this many
-    static constexpr int64_t kKeyRows = 16 * kTileRows;                    // backward: keys of a tile
-    static constexpr int64_t kMostRows = 16 * kTileRows;                   // backward: rows of a block seen by all
-    static constexpr int64_t kQueryColumns = 64;                           // backward: queries of a tile, one panel
+    // Rows of a block of the forward pass that see different keys: the fewer, the less is computed in vain.
+    static constexpr int64_t kPartRows = 2 * kTileRows;
+    static constexpr int64_t kRowBlock = 4 * kTileRows;   // backward: rows that are seen or not
+    static constexpr int64_t kUnit = kLanes<C>;           // columns of scores are made by this many
+    static constexpr int64_t kKeyRows = 16 * kTileRows;   // backward: keys of a tile
+    static constexpr int64_t kMostRows = 16 * kTileRows;  // backward: rows of a block seen by all
+    static constexpr int64_t kQueryColumns = 64;          // backward: queries of a tile, one panel
 
     // Runs once in a thread before and after its products.
     struct Session {};

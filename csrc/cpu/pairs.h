@@ -82,7 +82,7 @@ struct PairProducts {
     using C = float;
     using Matrix = PairMatrix;
     using Left = cpu::FASTATTN_CPU_ISA::Left<Pair>;
-    static constexpr int64_t kQueryBlock = 48, kKeyTile = 256;
+    static constexpr int64_t kQueryBlock = 48, kPartRows = 2 * kTileRows, kKeyTile = 256;
     static constexpr int64_t kUnit = PairMatrix::kUnit;
     static constexpr int64_t kRowBlock = 24, kKeyRows = 96, kMostRows = 48, kQueryColumns = 256;
     using Blocks = RoundedBlocks<PairProducts>;
