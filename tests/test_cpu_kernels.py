@@ -41,7 +41,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])
 def test_contract_with_a_lower_instruction_set(isa: str) -> None:
     """The first one is what every other test runs."""
-    files, chosen = ("tests/test_contract.py", __file__), "(test_contract.py and cpu) or rounded_no_more"
+    files, chosen = ("tests/test_contract.py", __file__), "(test_contract.py and cpu) or rounded_no_more or few_rows"
     done = python("-m", "pytest", "-q", "-x", "-p", "no:xdist", *files, "-k", chosen, FASTATTN_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
@@ -173,6 +173,18 @@ def test_bfloat16_is_rounded_no_more_than_stated(causal: bool) -> None:
     rounded, oracle = results(torch.bfloat16), results(torch.float64)
     for name, *values in zip(("out", "dq", "dk", "dv"), actual, rounded, oracle, strict=True):
         assert_rms_explained(*values, name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_over_several_blocks(dtype: torch.dtype, rows: int) -> None:
+    """Every number of rows that is computed in its own way, over whole blocks and what is left of one, in one part."""
+    for head_dim, more in ((128, {}), (96, {"page_size": 16}), (256, {"window": (700, None)}), (30, {"causal": True})):
+        shape = {"heads_q": rows, "heads_k": 1, "seqlen_q": 1, "seqlen_k": 1232, "used_k": (1219,), "batch": 1}
+        inputs = Case("few_rows", num_splits=1, head_dim_qk=head_dim, head_dim_v=head_dim, **shape, **more).make(dtype)
+        actual, naive, oracle = inputs.run(fastattn.attention, backend="cpu"), inputs.naive(), inputs.oracle()
+        for name, value in actual.items():
+            assert_close_to_oracle(value, naive[name], oracle[name], f"{dtype} {rows} {head_dim} {name}")
 
 
 @pytest.mark.parametrize("hide", ["bias", "window", "wide window"])
