@@ -21,6 +21,11 @@ inline Vector<C> load_wide(const S* from) {
     Vector<C> v;
     if constexpr (std::is_same_v<S, C>) {
         v = load<C>(from);
+    } else if constexpr (std::is_same_v<S, BFloat16> && kVectorBytes == 16) {  // longer, compilers find it in the loop
+        typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+        Narrow bits;
+        std::memcpy(&bits, from, sizeof bits);
+        v = (Vector<C>)(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
     } else {
         for (int i = 0; i < kLanes<C>; ++i) v[i] = static_cast<C>(widen(from[i]));
     }
