@@ -3,6 +3,8 @@
 // results are rounded; in the forward pass weights are rounded to bfloat16.
 #pragma once
 
+#include <atomic>
+
 #include "bfloat16.h"
 #include "scores.h"
 
@@ -291,6 +293,7 @@ private:
                         bool add) {
         const int64_t bytes = c_stride * 4;
         C* below = c + 16 * c_stride;
+        std::atomic_signal_fence(std::memory_order_seq_cst);  // tile loads are not known to read memory
         if (add) {
             _tile_loadd(0, c, bytes);
             if (two_columns) _tile_loadd(1, c + 16, bytes);

@@ -1,8 +1,6 @@
 // Products of few bfloat16 rows with a block of keys and values by AMX tiles, without a conversion to float.
 #pragma once
 
-#include <atomic>
-
 #include "amx.h"
 #include "few_rows.h"
 

@@ -182,21 +182,27 @@ struct FewRows {
         for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
     }
 
+    // use(rows, r, i, end) for query rows [r, r + rows) of n and keys [i, end) of each place: groups of rows as large
+    // as kGroups, which fall, have them; all of them before the next `step` keys.
+    template <int... kGroups, typename Use>
+    static void for_groups(int64_t n, int64_t place, int64_t step, const Use& use) {
+        for (int64_t i = 0; i < place; i += step) {
+            int64_t r = 0;
+            const auto all_of = [&](auto rows) {
+                for (; r + rows <= n; r += rows) use(rows, r, i, i + step);
+            };
+            (all_of(std::integral_constant<int, kGroups>{}), ...);
+        }
+    }
+
     // s[r][c] = q_r · k_c for whole units of keys, in steps of the type of q.
     template <typename Q, typename S>
     static void products(int64_t n, const Q* q, const S* const* k, int64_t keys, int64_t dim, C* s) {
-        const int64_t place = keys / kPlaces, step = chunk(place, n == 1 || n == 2 || n == 4, dim);
-        for (int64_t i = 0; i < place; i += step) {
-            int64_t r = 0;
-            const auto rows_of = [&](auto rows) {
-                for (; r + rows <= n; r += rows) {
-                    products_of<rows>(q + r * dim, k, place, i, i + step, dim, s + r * kBlock);
-                }
-            };
-            rows_of(std::integral_constant<int, std::min(4, L)>{});
-            rows_of(std::integral_constant<int, 2>{});
-            rows_of(std::integral_constant<int, 1>{});
-        }
+        constexpr int kMost = std::min(4, L);
+        const int64_t place = keys / kPlaces, step = chunk(place, n <= 2 || n == kMost, dim);
+        for_groups<kMost, 2, 1>(n, place, step, [&](auto rows, int64_t r, int64_t i, int64_t end) {
+            products_of<rows>(q + r * dim, k, place, i, end, dim, s + r * kBlock);
+        });
     }
     // Keys [i, end) of each of the places. Functions of their own, as are columns below: where all is inlined into one,
     // registers are spilled.
@@ -259,21 +265,14 @@ struct FewRows {
     static void add_values(int64_t n, const C* s, const S* const* v, int64_t keys, int64_t dim, Buffer<C>& memory,
                            C* out) {
         const int64_t place = keys / kPlaces, step = chunk(place, n <= 2 && dim == 8 * L, dim);
-        constexpr int kWide = L < 16 ? 2 : 4;
         C* sums = memory.reserve(kMaxRows * dim);
-        for (int64_t i = 0; i < place; i += step) {
-            int64_t r = 0;
-            const auto rows_of = [&](auto rows, auto vectors) {
-                for (; r + rows <= n; r += rows) {
-                    add_rows<rows, vectors>(s + r * kBlock, v, place, i, i + step, dim, sums + r * dim);
-                }
-            };
-            // Two rows take whole rows of values, as memory is read best; where there are many, or where vectors are
-            // short, computing is the limit.
-            if (n > 4 || L < 16) rows_of(std::integral_constant<int, 4>{}, std::integral_constant<int, kWide>{});
-            rows_of(std::integral_constant<int, 2>{}, std::integral_constant<int, 8>{});
-            rows_of(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{});
-        }
+        const auto add = [&](auto rows, int64_t r, int64_t i, int64_t end) {
+            constexpr int kVectors = rows < 4 ? 8 : L < 16 ? 2 : 4;
+            add_rows<rows, kVectors>(s + r * kBlock, v, place, i, end, dim, sums + r * dim);
+        };
+        // Two rows take whole rows of values, as memory is read best; where there are many, or where vectors are short,
+        // computing is the limit.
+        n > 4 || L < 16 ? for_groups<4, 2, 1>(n, place, step, add) : for_groups<2, 1>(n, place, step, add);
         finish(n, s, v, place, step, dim, sums, out);
     }
     template <int kRows, int kVectors, typename S>
@@ -330,7 +329,8 @@ struct FewRows {
             }
         }
     }
-    // In the same order, so that an unseen NaN changes no bit.
+    // In the order of add_columns, so that beside it an unseen NaN changes no bit; beside products of bfloat16, whose
+    // weights are rounded as these are not, it may.
     template <typename S>
     static Vector<C> seen_only(const C* s, const S* const* v, int64_t place, int64_t step, int64_t d) {
         Vector<C> sum{};

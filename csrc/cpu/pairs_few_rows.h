@@ -29,33 +29,34 @@ struct FewRowsByTiles<BFloat16> {
         return p.head_dim_qk % 32 == 0 && p.head_dim_v % 32 == 0 && p.k.stride[3] == 1 && p.v.stride[3] == 1;
     }
 
-    // n rows of dim elements, and after them, where there are more than 2, rows of 0 up to a multiple of 4: as they
-    // lie, or eight of them in the order in which `eight_products` reads them.
+    // n rows of dim elements, and after them, where there are more than 2, rows of 0 up to a multiple of 4; eight of
+    // them in the order in which `eight_products` reads them, the others as they lie.
     void start(int64_t n, const float* q, int64_t dim) {
         rows_ = n <= 2 ? n : round_up(n, 4);
-        BFloat16* to = q_.reserve(R::kMaxRows * dim);
-        const auto put = [&](int64_t r, int64_t d) { narrow(r < n ? q[r * dim + d] : 0.0f, *to++); };  // exact
-        for (int64_t first = 0; first < rows_;) {
-            const int64_t rows = group(first), elements = rows == 8 ? 4 : dim;
-            for (int64_t d = 0; d < dim; d += elements) {
-                for (int64_t r = first; r < first + rows; ++r) {
-                    for (int64_t i = 0; i < elements; ++i) put(r, d + i);
-                }
+        BFloat16 *rows = weights_.reserve(R::kMaxRows * dim), *to = q_.reserve(R::kMaxRows * dim);
+        for (int64_t i = 0; i < n * dim; i += 16) store_narrow<float>(rows + i, load<float>(q + i));  // exact
+        std::fill(rows + n * dim, rows + rows_ * dim, BFloat16{0});
+        const int64_t eights = rows_ / 8 * 8 * dim;
+        for (int64_t i = 0; i < eights; i += 8 * dim) {
+            for (int64_t d = 0; d < dim; d += 4) {
+                for (int64_t r = 0; r < 8; ++r, to += 4) std::memcpy(to, rows + i + r * dim + d, 4 * sizeof *to);
             }
-            first += rows;
         }
+        std::copy(rows + eights, rows + rows_ * dim, to);
     }
 
     // s[r][c] = q_r · k_c.
     void products(const BFloat16* const* k, int64_t, int64_t keys, int64_t dim, float* s) const {
         if (rows_ < 4) return R::products(rows_, q_.get(), k, keys, dim, s);
         const int64_t place = keys / kPlaces, step = R::chunk(place, rows_ <= 8, dim);
-        for (int64_t i = 0; i < place; i += step) {
-            for (int64_t r = 0; r < rows_; r += group(r)) {
-                const auto by = group(r) == 8 ? eight_products : R::template products_of<4, BFloat16, BFloat16>;
-                by(q_.get() + r * dim, k, place, i, i + step, dim, s + r * kBlock);
+        R::template for_groups<8, 4>(rows_, place, step, [&](auto rows, int64_t r, int64_t i, int64_t end) {
+            const BFloat16* q = q_.get() + r * dim;
+            if constexpr (rows == 8) {
+                eight_products(q, k, place, i, end, dim, s + r * kBlock);
+            } else {
+                R::template products_of<4>(q, k, place, i, end, dim, s + r * kBlock);
             }
-        }
+        });
     }
 
     // out_r += sum over c of s[r][c] v_c, weights rounded to bfloat16.
@@ -70,24 +71,15 @@ struct FewRowsByTiles<BFloat16> {
         }
         float* sums = sums_.reserve(R::kMaxRows * dim);
         const int64_t place = keys / kPlaces, step = R::chunk(place, rows_ <= 2 && dim == 128, dim);
-        for (int64_t i = 0; i < place; i += step) {
-            int64_t r = 0;
-            const auto rows_of = [&](auto rows) {
-                for (; r + rows <= rows_; r += rows) {
-                    add_rows<rows>(weights + r * kBlock, v, place, i, i + step, dim, sums + r * dim);
-                }
-            };
-            if (rows_ > 4) rows_of(std::integral_constant<int, 4>{});
-            rows_of(std::integral_constant<int, 2>{});
-            rows_of(std::integral_constant<int, 1>{});
-        }
+        const auto add = [&](auto rows, int64_t r, int64_t i, int64_t end) {
+            add_rows<rows>(weights + r * kBlock, v, place, i, end, dim, sums + r * dim);
+        };
+        rows_ > 4 ? R::template for_groups<4>(rows_, place, step, add)
+                  : R::template for_groups<2, 1>(rows_, place, step, add);
         R::finish(n, s, v, place, step, dim, sums, out);
     }
 
 private:
-    // How many rows are multiplied together from the r-th on.
-    int64_t group(int64_t r) const { return rows_ - r >= 8 ? 8 : rows_ - r >= 4 ? 4 : rows_; }
-
     // Eight rows by eight keys at a time, two neighbours from each of four places: two pairs of a key's elements, over
     // and over, by the same pairs of each row. So a key has one vector of sums, not eight.
     __attribute__((noinline)) static void eight_products(const BFloat16* q, const BFloat16* const* k, int64_t place,

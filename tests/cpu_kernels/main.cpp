@@ -63,13 +63,20 @@ struct Held {
     }
 };
 
+// few: up to 16 rows of queries to a key head, over keys that are read where they lie, in pages or not.
 template <typename T, typename C>
-void run_once(DType dtype) {
+void run_once(DType dtype, bool few) {
     AttentionParams p{};
     p.dtype = dtype, p.bias_dtype = dtype;
     p.batch = between(1, 2), p.heads_k = between(1, 2), p.heads_q = p.heads_k * between(1, 3);
     p.seqlen_q = next() % 3 == 0 ? between(1, 5) : between(1, 150), p.seqlen_k = between(1, 330);
     p.head_dim_qk = between(1, 70), p.head_dim_v = between(1, 70);
+    if (few) {
+        const int64_t rows = between(1, 16);
+        p.seqlen_q = rows % 2 == 0 && next() % 2 ? 2 : 1, p.heads_q = p.heads_k * rows / p.seqlen_q;
+        p.seqlen_k = between(256, next() % 2 ? 500 : 1400);
+        p.head_dim_qk = 32 * between(1, 8), p.head_dim_v = 32 * between(1, 8);
+    }
     p.softmax_scale = 0.2;
     p.left = next() % 3 == 0 ? between(0, 60) : int64_t(1) << 40;
     p.right = next() % 3 == 0 ? between(0, 60) : int64_t(1) << 40;
@@ -77,12 +84,27 @@ void run_once(DType dtype) {
     p.total_q = p.total_k = -1;
     p.num_threads = between(1, 3);
     p.num_splits = next() % 4 == 0 ? 3 : 0;
-    const int64_t seed = 5, gap = between(0, 3);
+    const int64_t seed = 5, gap = few && next() % 2 ? 0 : between(0, 3);
     if (next() % 4 == 0) p.dropout_threshold = 1ull << 30, p.dropout_scale = 4.0 / 3, p.dropout_seed = &seed;
     if (next() % 4 == 0) p.softcap = 1.5;
+    const int64_t page_sizes[] = {1, 7, 16, 48, 64, 256}, page = page_sizes[next() % 6];
+    const bool paged = few && next() % 3 == 0;
+    const int64_t pages = kernels::count_of(p.seqlen_k, page), entries = paged ? p.batch * pages : p.batch;
+    const int64_t rows_k = paged ? page : p.seqlen_k;
+    std::vector<int32_t> used(static_cast<size_t>(p.batch)), table(static_cast<size_t>(p.batch * pages), 1 << 28);
+    if (paged) {  // pages in any order; beyond the keys in use the table names none
+        for (int64_t b = 0; b < p.batch; ++b) {
+            used[static_cast<size_t>(b)] = static_cast<int32_t>(between(1, p.seqlen_k));
+            for (int64_t i = 0; i < kernels::count_of(used[static_cast<size_t>(b)], page); ++i) {
+                table[static_cast<size_t>(b * pages + i)] = static_cast<int32_t>((i * p.batch + b) * 7919 % entries);
+            }
+        }
+        p.block_table = {table.data(), {pages, 1}}, p.page_size = page, p.num_pages = entries;
+        p.seqused_k = {used.data(), {1, 0}}, p.seqlen_k = pages * page;
+    }
     Held<T> q(p.batch, p.heads_q, p.seqlen_q, p.head_dim_qk, gap, true),
-        k(p.batch, p.heads_k, p.seqlen_k, p.head_dim_qk, gap, true);
-    Held<T> v(p.batch, p.heads_k, p.seqlen_k, p.head_dim_v, gap, true),
+        k(entries, p.heads_k, rows_k, p.head_dim_qk, gap, true);
+    Held<T> v(entries, p.heads_k, rows_k, p.head_dim_v, gap, true),
         out(p.batch, p.heads_q, p.seqlen_q, p.head_dim_v, gap, false);
     Held<T> grad(p.batch, p.heads_q, p.seqlen_q, p.head_dim_v, gap, true);
     Held<T> dq(p.batch, p.heads_q, p.seqlen_q, p.head_dim_qk, gap, false),
@@ -98,6 +120,7 @@ void run_once(DType dtype) {
     if (biased) p.bias = bias.tensor, p.bias.stride[0] = 0;
     kernels::attention_forward(p);
     out.check("out");
+    if (paged) return;
     p.grad_out = grad.tensor, p.dq = dq.tensor, p.dk = dk.tensor, p.dv = dv.tensor;
     if (biased) {
         p.dbias = dbias.tensor;
@@ -115,11 +138,11 @@ int main() {
 #if defined(__AMX_BF16__)
     if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) fail("no leave to use AMX", 0);
 #endif
-    for (int i = 0; i < 25; ++i) {
-        run_once<kernels::BFloat16, float>(DType::kBFloat16);
-        run_once<float, float>(DType::kFloat32);
-        run_once<kernels::Half, float>(DType::kFloat16);
-        run_once<double, double>(DType::kFloat64);
+    for (int i = 0; i < 50; ++i) {
+        run_once<kernels::BFloat16, float>(DType::kBFloat16, i % 2 != 0);
+        run_once<float, float>(DType::kFloat32, i % 2 != 0);
+        run_once<kernels::Half, float>(DType::kFloat16, i % 2 != 0);
+        run_once<double, double>(DType::kFloat64, i % 2 != 0);
     }
-    std::printf("100 calls, forward and backward: clean\n");
+    std::printf("200 calls, forward and backward: clean\n");
 }
